@@ -1,0 +1,1280 @@
+"""DreamerV3: Mastering Diverse Domains through World Models (Hafner et al. 2023; Nature 2025), arXiv:2301.04104v2.
+
+Authors' code: github.com/danijar/dreamerv3 at e3f0224. Where paper and code disagree, the line concerned says so.
+
+    python dreamer_v3.py --env-id dmc-walker-walk                       # train, from pixels
+    python dreamer_v3.py --env-id dmc-walker-walk --obs state --size 1m # train, from joint angles, on a CPU
+    python dreamer_v3.py --resume runs/<run>                            # go on exactly where it stopped
+    python dreamer_v3.py --evaluate runs/<run> | --play runs/<run>      # score it | act inside its dream
+
+The agent learns a world model (encoder, recurrent state-space model, decoder, reward and continue heads) from replayed
+sequences, and an actor and a critic from sequences that the model imagines. One set of hyper-parameters for all tasks.
+
+What changed since dreamer_v2.py:
+ [C1] Vectors are squashed by symlog; reward and value are categorical over exponentially spaced bins (two-hot).
+ [C2] Block-diagonal GRU with one input layer for each of deter, stoch and action; RMSNorm and SiLU everywhere.
+ [C3] 1 % of every latent's probability is uniform.
+ [C4] KL split in a dynamics and a representation loss, each with one free nat per step, scales 1 and 0.1.
+ [C5] Convolutions with max-pooling and with upsampling; the decoder's first map comes from block-wise layers.
+ [C6] REINFORCE for all actions, returns scaled by their 5th to 95th percentile, a fixed entropy bonus, bounded normal.
+ [C7] Returns from the online critic; its slow average regularises it; the critic learns on replayed sequences too.
+ [C8] The continue head contains the discount and applies to the start of imagination too, as predicted.
+ [C9] One optimizer for everything: adaptive gradient clipping, LaProp, warm-up.
+[C10] Truncated-normal initialisation by fan-in; reward and critic heads start at zero, the actor's near it.
+[C11] Replay: sequences of one step more that start from stored latents, refreshed after each update; new ones first.
+[C12] Train ratio instead of a fixed schedule, no random prefill, no pretraining; model sizes from 1m to 400m.
+
+Two protocols: the published curves (DMC: action repeat 2, train ratio 512, size 12m, 5 to 10 seeds, 500k frames from
+state and 1M from pixels), which PRESETS["dmc"] follows so that ours can be laid over them, and the authors' current
+configuration (DMC: action repeat 1, 1m and ratio 1024 from state, 200m and ratio 256 from pixels), reached by
+`--action-repeat 1 --size 1m --train-ratio 1024` or `--action-repeat 1 --size 200m --train-ratio 256`.
+
+Not copied from the authors' code: latents are written back at once, not one update late; DMC from state renders nothing.
+
+Shapes: B batch, T time, H imagination horizon, N = B*T starts of imagination, A action, D deter, S stoch variables,
+K classes of each, E embed, F = D + S*K feat, G blocks, R = H + 1, L = T - 1, X bins. Arrays are (B, T, ...).
+"""
+
+import base64
+import csv
+import dataclasses
+import errno
+import http.server
+import io
+import json
+import math
+import multiprocessing
+import os
+import random
+import re
+import shutil
+import signal
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from ctypes.util import find_library
+from dataclasses import dataclass
+from typing import Literal
+
+import cv2
+import gymnasium as gym
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+import tyro
+from PIL import Image
+from torch import nn
+from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard.summary import Summary
+from tqdm import tqdm
+
+# === Arguments ========================================================================================================
+
+
+@dataclass
+class Args:
+    # General
+    exp_name: str = os.path.basename(__file__)[: -len(".py")]
+    """name of the experiment, part of the run directory's name"""
+    seed: int = 1
+    """seed of parameters, environments and sampling"""
+    torch_deterministic: bool = True
+    """use PyTorch's deterministic algorithms for convolutions"""
+    cuda: bool = True
+    """use the GPU if there is one"""
+    track: bool = False
+    """log to Weights & Biases too (pip install wandb)"""
+    wandb_project_name: str = "world-models"
+    """Weights & Biases: project"""
+    wandb_entity: str | None = None
+    """Weights & Biases: team"""
+    capture_video: bool = False
+    """write mp4 files: of an episode at each evaluation; with --play, of a dream instead of opening the page"""
+    resume: str | None = None
+    """run directory to continue; other flags given with it override what the run was started with"""
+    evaluate: str | None = None
+    """run directory whose agent is scored over --eval-episodes episodes"""
+    play: str | None = None
+    """run directory whose world model is opened in a browser page, where you act"""
+    run_dir: str = "runs"
+    """where run directories are made"""
+    eval_every: int = 50_000
+    """frames between evaluations and open-loop videos; 0 for none"""
+    eval_episodes: int = 10
+    """episodes of one evaluation, all at once in as many environments; 0 for none during training"""
+    log_every: int = 1_000
+    """frames between two rows of metrics"""
+    save_every: float = 10
+    """minutes between checkpoints"""
+    compile: bool | None = None
+    """torch.compile the model's parts; default: with a GPU only (on a CPU it needs g++ and python3-dev)"""
+    amp: bool = True
+    """bfloat16 for the networks on a GPU; parameters, losses and distributions stay float32"""
+
+    # Environment
+    env_id: str = "dmc-walker-walk"
+    """dmc-<domain>-<task>, atari-<game>, any Gymnasium id, or <module>:<id> to import the module first"""
+    total_timesteps: int = 1_000_000
+    """environment frames to train for, frames skipped by action repeat included"""
+    num_envs: int = 1
+    """environments that are stepped together"""
+    action_repeat: int = 1
+    """frames for which each action is held; rewards are summed"""
+    obs: Literal["pixels", "state", "both"] | None = None
+    """what is observed; default: what the environment returns"""
+    image_size: int = 64
+    """height and width to which images are resized"""
+    time_limit: int | None = None
+    """frames after which an episode is cut; default: the environment's own limit"""
+
+    # DreamerV3. Defaults: the authors' configs.yaml, unless said otherwise
+    size: Literal["1m", "12m", "25m", "50m", "100m", "200m", "400m"] = "200m"
+    """[C12] model size: sets the five fields that follow"""
+    deter: int | None = None
+    """[C12] units of the recurrent state"""
+    hidden: int | None = None
+    """[C12] units of the layers inside the RSSM"""
+    classes: int | None = None
+    """[C12] classes of each stochastic variable"""
+    depth: int | None = None
+    """[C12] channels of the convolutions, times 2, 3, 4, 4"""
+    units: int | None = None
+    """[C12] units of all other layers"""
+    stoch: int = 32
+    """categorical variables of the stochastic state"""
+    blocks: int = 8
+    """[C2] blocks of the GRU's and the decoder's block-diagonal layers"""
+    unimix: float = 0.01
+    """[C3] uniform share of the latents' probabilities"""
+    bins: int = 255
+    """[C1] bins of reward and value; odd"""
+    dyn_scale: float = 1.0
+    """[C4] scale of the dynamics loss, which moves the prior to the posterior"""
+    rep_scale: float = 0.1
+    """[C4] scale of the representation loss, which moves the posterior to the prior"""
+    free_nats: float = 1.0
+    """[C4] nats below which a step's KL gives no gradient"""
+    replay_critic_scale: float = 0.3
+    """[C7] scale of the critic's loss on replayed sequences"""
+    slow_critic_rate: float = 0.02
+    """[C7] rate of the critic's slow average, per update"""
+    return_rate: float = 0.01
+    """[C6] rate of the return percentiles' average, per update"""
+    entropy_scale: float = 3e-4
+    """[C6] scale of the actor's entropy bonus"""
+    imagination_horizon: int = 15
+    """steps imagined from each state"""
+    discount_horizon: float = 333
+    """[C8] steps; the discount is 1 - 1 / this"""
+    lambda_: float = 0.95
+    """mixing of n-step returns"""
+    learning_rate: float = 4e-5
+    """[C9] of the one optimizer"""
+    warmup: int = 1000
+    """[C9] updates over which the learning rate rises from 0"""
+    clip: float = 0.3
+    """[C9] largest ratio of a gradient's norm to its parameter's"""
+    batch_size: int = 16
+    """sequences of a batch"""
+    batch_length: int = 64
+    """steps of a sequence"""
+    train_ratio: float = 32
+    """[C12] replayed steps per step of the agent"""
+    replay_size: int = 5_000_000
+    """steps that the replay holds"""
+
+
+SIZES = {  # arXiv:2301.04104v2, Table 3, and size1m from the authors' configs.yaml
+    "1m": dict(deter=512, hidden=64, classes=4, depth=4, units=64),
+    "12m": dict(deter=2048, hidden=256, classes=16, depth=16, units=256),
+    "25m": dict(deter=3072, hidden=384, classes=24, depth=24, units=384),
+    "50m": dict(deter=4096, hidden=512, classes=32, depth=32, units=512),
+    "100m": dict(deter=6144, hidden=768, classes=48, depth=48, units=768),
+    "200m": dict(deter=8192, hidden=1024, classes=64, depth=64, units=1024),
+    "400m": dict(deter=12288, hidden=1536, classes=96, depth=96, units=1536),
+}
+PRESETS = {  # by the first word of --env-id, then by that word and --obs
+    "dmc": dict(obs="pixels", action_repeat=2, num_envs=8, size="12m", train_ratio=512),
+    "dmc-state": dict(total_timesteps=500_000),
+    "atari": dict(total_timesteps=200_000_000, action_repeat=4, num_envs=16, image_size=96, train_ratio=32),
+    "atari100k": dict(total_timesteps=400_000, action_repeat=4, num_envs=1, train_ratio=256),
+    "crafter": dict(total_timesteps=1_000_000, num_envs=1, train_ratio=512),
+    "procgen": dict(total_timesteps=100_000_000, num_envs=16, image_size=96, train_ratio=64),
+    "minecraft": dict(total_timesteps=100_000_000, num_envs=16, train_ratio=32),
+    "dmlab": dict(total_timesteps=100_000_000, action_repeat=4, num_envs=16, train_ratio=32),
+    "bsuite": dict(total_timesteps=10_000_000, num_envs=1, train_ratio=1024),
+    "loconav": dict(total_timesteps=10_000_000, num_envs=16, train_ratio=256),
+}
+
+
+class Failure(Exception):
+    """Something that the user has to put right: ends the run with one line and exit code 2."""
+
+
+def parse_args(argv=None):
+    """Command line -> Args: defaults, then the run's own or the suite's preset, then the flags that were given."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    presets = "\n".join(f"{k}: " + " ".join(f"--{n.replace('_', '-')} {x}" for n, x in v.items()) for k, v in PRESETS.items())
+    cli = lambda default: tyro.cli(  # noqa: E731
+        Args, args=argv, default=default, description=f"{__doc__}\nPresets by the first word of --env-id:\n{presets}"
+    )
+    args = cli(Args())
+    run = args.resume or args.evaluate or args.play
+    if run:
+        try:
+            with open(os.path.join(run, "args.json")) as file:
+                saved = json.load(file)
+        except (OSError, ValueError) as error:
+            raise Failure(f"{run} is not a run directory: {error}") from None
+        known = {field.name for field in dataclasses.fields(Args)}
+        if saved.get("script") != Args().exp_name:
+            raise Failure(f"{run} was made by {saved.get('script')}.py: use that script")
+        del saved["script"]
+        if set(saved) - known:
+            raise Failure(f"{run} was made by another version of this script: unknown {sorted(set(saved) - known)}")
+        args = cli(Args(**saved | dict(resume=None, evaluate=None, play=None)))
+        fixed = [n for n in MODEL_FIELDS + ("env_id", "obs", "num_envs") if getattr(args, n) != saved[n]]
+        if args.resume and fixed:
+            raise Failure(f"{run} was started with other values of {fixed}: they cannot change on --resume")
+    else:
+        preset = PRESETS.get(suite(args.env_id), {})
+        obs = args.obs or preset.get("obs")
+        args = cli(dataclasses.replace(Args(), **preset | PRESETS.get(f"{suite(args.env_id)}-{obs}", {})))
+    for name, value in SIZES[args.size].items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    return args
+
+
+MODEL_FIELDS = ("size", "deter", "hidden", "classes", "depth", "units", "stoch", "blocks", "bins", "image_size")
+
+
+def suite(env_id):
+    """`dmc-walker-walk` -> `dmc`, `procgen:CoinRun-v0` -> `procgen`, `CarRacing-v3` -> `carracing`."""
+    return re.split(r"[-:/]", env_id.lower())[0]
+
+
+# === Environment ======================================================================================================
+
+FLAGS = ("is_first", "is_last", "is_terminal")
+
+
+def choose_opengl():
+    """The OpenGL library that MuJoCo is to render with; must be chosen before dm_control is imported."""
+    if "MUJOCO_GL" not in os.environ and sys.platform == "linux" and not os.environ.get("DISPLAY"):
+        egl = find_library("EGL") and (find_library("GL") or find_library("OpenGL"))
+        os.environ["MUJOCO_GL"] = "egl" if egl else "osmesa" if find_library("OSMesa") else "disable"
+    os.environ.setdefault("DISABLE_RENDER_THREAD_OFFLOADING", "1")
+    os.environ.setdefault("LP_NUM_THREADS", "0")  # software rendering: one core per environment
+    return os.environ.get("MUJOCO_GL") != "disable"
+
+
+class DeepMindControl(gym.Env):
+    """A task of the DeepMind Control Suite, `<domain>-<task>`; observes a dict of float32 vectors and an `image`.
+
+    Rewards are summed over `action_repeat` control steps, of which the last is rendered. Failure: unknown task, no OpenGL.
+    """
+
+    metadata = {"render_modes": ["rgb_array"]}
+    render_mode = "rgb_array"
+
+    def __init__(self, name, obs, image_size, action_repeat):
+        self.opengl = choose_opengl()
+        if obs != "state" and not self.opengl:
+            raise Failure("rendering needs OpenGL, which is not installed: apt-get install libosmesa6 (or --obs state)")
+        try:
+            from dm_control import suite as dmc
+        except ImportError as error:
+            raise Failure(f"cannot import dm_control ({error}): pip install -r requirements.txt") from None
+        domain, _, task = name.replace("cup-", "ball_in_cup-", name.startswith("cup-")).partition("-")
+        if (domain, task) not in dmc.ALL_TASKS:
+            tasks = " ".join(f"dmc-{d}-{t}" for d, t in dmc.ALL_TASKS)
+            raise Failure(f"unknown task dmc-{name}; there are: {tasks}")
+        self.env = dmc.load(domain, task)
+        self.obs, self.action_repeat, self.camera = obs, action_repeat, 2 if domain == "quadruped" else 0
+        self.size = image_size
+        self.env.physics.model.vis.global_.offwidth = self.env.physics.model.vis.global_.offheight = max(image_size, 64)
+        self.env.physics.model.vis.quality.shadowsize = 1024  # the same picture as with 2048, in two thirds of the time
+        spec = self.env.action_spec()
+        self.action_space = gym.spaces.Box(spec.minimum.astype(np.float32), spec.maximum.astype(np.float32))
+        spaces = {k: gym.spaces.Box(-np.inf, np.inf, v.shape) for k, v in self.env.observation_spec().items()}
+        image = {"image": gym.spaces.Box(0, 255, (image_size, image_size, 3), np.uint8)}
+        self.observation_space = gym.spaces.Dict((spaces if obs != "pixels" else {}) | (image if obs != "state" else {}))
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        if seed is not None:
+            self.env.task.random.seed(seed)
+        return self.observe(self.env.reset()), {}
+
+    def step(self, action):
+        reward = 0.0
+        for _ in range(self.action_repeat):
+            step = self.env.step(action)
+            reward += step.reward or 0.0
+            if step.last():
+                break
+        return self.observe(step), reward, step.last() and step.discount == 0, step.last() and step.discount != 0, {}
+
+    def observe(self, step):
+        spaces = self.observation_space.spaces
+        vectors = {k: np.asarray(v, np.float32) for k, v in step.observation.items() if k in spaces}
+        return vectors | ({"image": self.render()} if "image" in spaces else {})
+
+    def render(self):
+        if not self.opengl:
+            raise Failure("rendering needs OpenGL, which is not installed: apt-get install libosmesa6")
+        return self.env.physics.render(self.size, self.size, camera_id=self.camera)
+
+
+class Adapter(gym.Wrapper):
+    """Any environment -> a dict of images (uint8, H×W×C), vectors (float32) and classes (int64); Box actions in [-1, 1]."""
+
+    def __init__(self, env, obs, image_size, action_repeat):
+        super().__init__(env)
+        self.size, self.repeat = image_size, action_repeat
+        space = env.observation_space
+        spaces = dict(space.spaces) if isinstance(space, gym.spaces.Dict) else {"observation": space}
+        images = {k for k, v in spaces.items() if isinstance(v, gym.spaces.Box) and v.dtype == np.uint8 and len(v.shape) in (2, 3)}
+        self.key = None if isinstance(space, gym.spaces.Dict) else "image" if images else "vector"
+        if self.key:
+            spaces, images = {self.key: space}, {self.key} if images else set()
+        self.rendered = obs in ("pixels", "both") and not images
+        if self.rendered:
+            if env.render_mode != "rgb_array":
+                raise Failure(f"--obs {obs}: {env} returns no images and cannot render any")
+            images, spaces["image"] = {"image"}, gym.spaces.Box(0, 255, (image_size, image_size, 3), np.uint8)
+        keep = set(spaces) if obs in (None, "both") else images if obs == "pixels" else set(spaces) - images
+        if not keep:
+            raise Failure(f"--obs {obs}: the environment observes only {sorted(spaces)}")
+        self.images = images & keep
+        self.observation_space = gym.spaces.Dict({k: self.space(k, v) for k, v in spaces.items() if k in keep})
+        action = env.action_space
+        if isinstance(action, gym.spaces.Discrete):
+            self.action_space = gym.spaces.Discrete(int(action.n))
+        elif isinstance(action, gym.spaces.Box) and np.issubdtype(action.dtype, np.floating):
+            self.action_space = gym.spaces.Box(-1, 1, (int(np.prod(action.shape)),))
+            finite = np.isfinite(action.low) & np.isfinite(action.high)
+            self.low, self.high = np.where(finite, action.low, -1), np.where(finite, action.high, 1)
+        else:
+            raise Failure(f"unsupported action space {action}; supported are Discrete and Box of floats")
+
+    def space(self, key, space):
+        if key in self.images:
+            channels = 1 if len(space.shape) == 2 else space.shape[2]
+            return gym.spaces.Box(0, 255, (self.size, self.size, channels), np.uint8)
+        if isinstance(space, gym.spaces.Box):
+            return gym.spaces.Box(-np.inf, np.inf, (int(np.prod(space.shape)),) if space.shape else ())
+        if isinstance(space, gym.spaces.Discrete):
+            return gym.spaces.Discrete(int(space.n))
+        raise Failure(f"unsupported observation {key!r}: {space}; supported are Box, Discrete and a Dict of them")
+
+    def observation(self, obs):
+        obs = {self.key: obs} if self.key else dict(obs)
+        if self.rendered:
+            obs["image"] = self.env.render()
+        for key, space in self.observation_space.spaces.items():
+            if key in self.images:
+                resized = obs[key].shape[:2] == (self.size, self.size)
+                image = obs[key] if resized else cv2.resize(obs[key], (self.size, self.size), interpolation=cv2.INTER_AREA)
+                obs[key] = image.reshape(space.shape)
+            elif isinstance(space, gym.spaces.Box):
+                obs[key] = np.asarray(obs[key], np.float32).reshape(space.shape)
+            else:
+                source = self.env.observation_space if self.key else self.env.observation_space[key]
+                obs[key] = np.int64(obs[key] - source.start)
+        return {key: obs[key] for key in self.observation_space.spaces}
+
+    def reset(self, **kwargs):
+        obs, info = self.env.reset(**kwargs)
+        return self.observation(obs), info
+
+    def step(self, action):
+        space, total = self.env.action_space, 0.0
+        if isinstance(space, gym.spaces.Discrete):
+            action = int(action) + space.start
+        else:
+            action = np.clip(action, -1, 1).reshape(space.shape)
+            action = (self.low + (action + 1) / 2 * (self.high - self.low)).astype(space.dtype)
+        for _ in range(self.repeat):
+            obs, reward, terminated, truncated, info = self.env.step(action)
+            total += float(reward)
+            if terminated or truncated:
+                break
+        return self.observation(obs), total, terminated, truncated, info
+
+
+class Episodes(gym.Wrapper):
+    """Next-step autoreset; the flags are observed; each episode has a seed of its own, so that it can be replayed.
+
+    After a last step the next one resets whatever the action; the reset observation comes alone, with `is_first`.
+    """
+
+    def __init__(self, env, index):
+        super().__init__(env)
+        self.index, self.run_seed, self.episode, self.over = index, 0, -1, True
+        spaces = env.observation_space.spaces | {k: gym.spaces.Discrete(2) for k in FLAGS}
+        self.observation_space = gym.spaces.Dict(spaces)
+
+    def reset(self, *, seed=None, options=None):
+        if seed is not None:
+            self.run_seed, self.episode = seed, -1
+        self.episode, self.over = self.episode + 1, False
+        seed = np.random.SeedSequence([self.run_seed, self.episode]).generate_state(1)[0] % 2**31
+        obs, info = self.env.reset(seed=int(seed))
+        return obs | dict(is_first=1, is_last=0, is_terminal=0), info
+
+    def step(self, action):
+        if self.over:
+            obs, info = self.reset()
+            return obs, 0.0, False, False, info
+        obs, reward, terminated, truncated, info = self.env.step(action)
+        self.over = bool(terminated or truncated)
+        return obs | dict(is_first=0, is_last=int(self.over), is_terminal=int(terminated)), reward, False, False, info
+
+    def restore(self, states):
+        """Goes back into an episode: (run seed, episode, actions so far) of each environment -> the observation there."""
+        self.run_seed, episode, actions = states[self.index]
+        self.episode = episode - 1
+        obs = self.reset()[0]
+        for action in actions:
+            obs = self.step(action)[0]
+        return obs
+
+    def abandon(self, which):
+        """Ends the episode of the environments `which`: their next step resets."""
+        self.over = self.over or self.index in which
+
+
+def make_env(args, index=0):
+    """One environment, adapted; Failure with one line for what is unknown, not installed or unsupported."""
+    name, repeat, limit = args.env_id.partition("-")[2], args.action_repeat, args.time_limit
+    try:
+        if suite(args.env_id) == "dmc":
+            env, repeat = DeepMindControl(name, args.obs, args.image_size, args.action_repeat), 1
+        elif suite(args.env_id) in ("atari", "atari100k"):
+            import ale_py
+
+            gym.register_envs(ale_py)
+            full = suite(args.env_id) == "atari"  # Machado et al. 2018: sticky actions, all 18 actions
+            game = "".join(word.capitalize() for word in re.split("[-_]", name))
+            options = dict(frameskip=1, repeat_action_probability=0.25 if full else 0.0, full_action_space=full)
+            env = gym.make(f"ALE/{game}-v5", render_mode="rgb_array", max_num_frames_per_episode=108_000, **options)
+            env = gym.wrappers.AtariPreprocessing(env, 30, repeat, args.image_size, grayscale_obs=full)
+            repeat = 1
+        else:
+            env = gym.make(args.env_id, render_mode="rgb_array")
+    except (gym.error.Error, ImportError) as error:
+        hint = "; write dmc-<domain>-<task>, atari-<game>, a Gymnasium id or <module>:<id>"
+        raise Failure(f"--env-id {args.env_id}: {' '.join(str(error).split())}{hint}") from None
+    if limit:
+        env = gym.wrappers.TimeLimit(env, limit // (1 if repeat > 1 else args.action_repeat))
+    return Episodes(Adapter(env, args.obs, args.image_size, repeat), index)
+
+
+def make_envs(args, count):
+    """`count` environments in lock-step: in processes of their own where frames are made, else in this one."""
+    thunks = [lambda index=index: make_env(args, index) for index in range(count)]
+    probe = make_env(args)
+    pixels = any(space.dtype == np.uint8 for space in probe.observation_space.values())
+    probe.close()
+    if count == 1 or not pixels:
+        return gym.vector.SyncVectorEnv(thunks, autoreset_mode="Disabled")
+    # a forked process must not inherit this one's OpenGL and CUDA
+    return gym.vector.AsyncVectorEnv([ignoring_interrupts(t) for t in thunks], autoreset_mode="Disabled", context="forkserver")
+
+
+def ignoring_interrupts(thunk):
+    """Ctrl-C reaches the whole process group: only the main process is to act on it."""
+
+    def start():
+        if multiprocessing.parent_process():
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+        return thunk()
+
+    return start
+
+
+# === Replay ===========================================================================================================
+
+
+class Replay:
+    """Ring of steps on disk, one stream per environment: arrays (capacity, envs, ...) that are memory-mapped.
+
+    Step t holds observation t, the action that led to it, its reward, its flags and what the agent adds to it. All
+    streams grow together. Failure when the disk is too small or full; nothing that was written before is lost then.
+    """
+
+    def __init__(self, folder, spaces, num_envs, capacity, length):
+        self.folder, self.num_envs, self.length = folder, num_envs, length
+        self.capacity = -(-capacity // num_envs)
+        self.count, self.reserved, self.fresh = 0, 0, []
+        if self.capacity < length + 1:
+            raise Failure(f"--batch-length {length}: the replay holds only {self.capacity} steps of each environment")
+        row = sum(int(np.prod(shape)) * np.dtype(dtype).itemsize for shape, dtype in spaces.values()) * num_envs
+        os.makedirs(folder, exist_ok=True)
+        free, on_disk = shutil.disk_usage(folder).free, sum(f.stat().st_blocks * 512 for f in os.scandir(folder))
+        self.bytes = row * self.capacity
+        if self.bytes > free + on_disk:
+            raise Failure(
+                f"the replay needs {self.bytes / 1e9:.1f} GB in {folder}, where {free / 1e9:.1f} GB are free: "
+                "make room, or lower --replay-size or --total-timesteps"
+            )
+        self.arrays = {key: self.open(f"{folder}/{key}.npy", *space) for key, space in spaces.items()}
+
+    def open(self, path, shape, dtype):
+        shape = (self.capacity, self.num_envs, *shape)
+        if os.path.exists(path):  # a run that goes on for longer than it was to: NumPy's header leaves room to grow
+            with open(path, "r+b") as file:
+                header = dict(descr=np.lib.format.dtype_to_descr(np.dtype(dtype)), fortran_order=False, shape=shape)
+                np.lib.format.write_array_header_1_0(file, header)
+                file.truncate(file.tell() + int(np.prod(shape)) * np.dtype(dtype).itemsize)
+            return np.lib.format.open_memmap(path, "r+")
+        return np.lib.format.open_memmap(path, "w+", dtype, shape)
+
+    def reserve(self, rows=1024):
+        """Takes disk space for the next rows now: writing into a mapped file on a full disk would kill the process."""
+        stop = min(self.reserved + rows, self.capacity)
+        for key, array in self.arrays.items():
+            size = array[:1].nbytes
+            with open(f"{self.folder}/{key}.npy", "r+b") as file:
+                try:
+                    if hasattr(os, "posix_fallocate"):
+                        os.posix_fallocate(file.fileno(), array.offset + self.reserved * size, (stop - self.reserved) * size)
+                except OSError as error:
+                    raise Failure(f"no room for the replay in {self.folder} ({error.strerror}): make room") from None
+        self.reserved = stop
+
+    def add(self, step):
+        """Appends one step of every environment: key -> array (envs, ...)."""
+        if self.count >= self.reserved and self.reserved < self.capacity:
+            self.reserve()
+        for key, array in self.arrays.items():
+            array[self.count % self.capacity] = step[key]
+        self.count += 1
+        # each stretch of length + 1 steps is trained on once soon after it came: the online queue
+        if self.count > 1 and (self.count - 1) % (self.length + 1) == 0:
+            self.fresh += [[self.count - self.length - 1, env] for env in range(self.num_envs)]
+
+    def __len__(self):
+        """Number of sequences that can be sampled."""
+        return max(0, min(self.count, self.capacity) - self.length) * self.num_envs
+
+    def sample(self, batch_size, rng):
+        """Sequences of length + 1 steps -> (key -> array (B, T + 1, ...), where they are); fresh ones first, else uniform."""
+        oldest = max(0, self.count - self.capacity)
+        self.fresh = [start for start in self.fresh if start[0] >= oldest]
+        starts, self.fresh = self.fresh[:batch_size], self.fresh[batch_size:]
+        while len(starts) < batch_size:
+            starts.append([int(rng.integers(oldest, self.count - self.length)), int(rng.integers(self.num_envs))])
+        starts = np.array(starts)
+        index = (starts[:, :1] + np.arange(self.length + 1)) % self.capacity, starts[:, 1:]
+        data = {key: array[index] for key, array in self.arrays.items()}
+        data["is_last"][:, :-1] |= data["is_first"][:, 1:]  # an episode that was left
+        return data, index
+
+    def write(self, index, values):
+        """Puts newer latents in the place of those that `sample` returned: key -> array (B, T, ...)."""
+        for key, value in values.items():
+            self.arrays[key][index[0][:, 1:], index[1]] = value
+
+    def flush(self):
+        for array in self.arrays.values():
+            array.flush()
+
+    def state_dict(self):
+        return dict(count=self.count, fresh=self.fresh)
+
+    def load_state_dict(self, state):
+        self.count, self.fresh = state["count"], state["fresh"]
+        self.reserved = min(self.count, self.capacity)
+
+
+# === Maths ============================================================================================================
+
+
+def symlog(x):
+    """Eq. 9 (arXiv:2301.04104v2)."""
+    return x.sign() * x.abs().log1p()
+
+
+def symexp(x):
+    """Inverse of symlog; Eq. 9 (arXiv:2301.04104v2)."""
+    return x.sign() * x.abs().expm1()
+
+
+def twohot_bins(bins, device=None):
+    """Bins of reward and value: symexp of (bins,) even steps from -20 to 20, exactly antisymmetric; Eq. 10."""
+    half = symexp(torch.linspace(-20, 0, bins // 2 + 1, device=device))
+    return torch.cat([half, -half[:-1].flip(0)])
+
+
+def twohot_mean(logit):
+    """Expected value of symexp two-hot logits (..., X) -> (...); uniform logits give exactly 0; Eq. 10.
+
+    The bins reach 4.9e8: summed in symmetric pairs, or the mean would drown in rounding errors.
+    """
+    half = logit.shape[-1] // 2
+    probs = logit.softmax(-1)
+    return (probs[..., half + 1 :] - probs[..., :half].flip(-1)) @ twohot_bins(logit.shape[-1], logit.device)[half + 1 :]
+
+
+def twohot_loss(logit, *targets):
+    """Sum over the targets (...) of the cross entropy of logits (..., X) with the two-hot target; Eq. 11.
+
+    The two bins around the target share the weight by their distance to it, in the space of the target itself.
+    """
+    bins = twohot_bins(logit.shape[-1], logit.device)
+    log_probs, loss = logit.log_softmax(-1), 0.0
+    for target in targets:
+        above = torch.bucketize(target, bins, right=True).clamp(1, len(bins) - 1)
+        low, high = bins[above - 1], bins[above]
+        weight = ((target - low) / (high - low)).clamp(0, 1)
+        both = log_probs.gather(-1, torch.stack([above - 1, above], -1))
+        loss = loss - (1 - weight) * both[..., 0] - weight * both[..., 1]
+    return loss
+
+
+def unimix(logit, amount):
+    """Logits -> probabilities with a uniform share (p. 5). Written out: softmax over few classes is slow on a CPU."""
+    exp = (logit - logit.detach().amax(-1, keepdim=True)).exp()
+    return (1 - amount) * (exp / exp.sum(-1, keepdim=True)) + amount / logit.shape[-1]
+
+
+def sample_onehot(probs, noise):
+    """Probabilities (..., K) and uniform noise (..., 1) -> a one-hot sample, with straight-through gradient."""
+    with torch.no_grad():
+        index = (probs[..., :-1].cumsum(-1) <= noise).sum(-1)
+        onehot = F.one_hot(index, probs.shape[-1]).to(probs.dtype)
+    return onehot + (probs - probs.detach()) if probs.requires_grad else onehot
+
+
+def kl_divergence(p, q):
+    """KL of categorical probabilities (..., S, K), summed over the variables: (...)."""
+    return (p * (p.log() - q.log())).sum((-2, -1))
+
+
+# Time table of what the agent has, for a replayed sequence and, with H for T, for an imagined one:
+#
+#   state     s_0 -- a_1 --> s_1 -- a_2 --> s_2 ... s_T-1       action[t] led to state t
+#   reward    r_0            r_1            r_2 ... r_T-1       came with state t
+#   continue  c_0            c_1            c_2 ... c_T-1       probability, times the discount, that t is not the end
+#   return    R_0            R_1            R_2 ... R_T-2       of what follows state t: starts with r_1, at R_0
+
+
+def lambda_return(reward, cont, last, value, bootstrap, lambda_):
+    """λ-returns: (N, T) each -> (N, T - 1); Eq. 6 (arXiv:2301.04104v2), over episode ends as in the authors' code.
+
+    R_t = r_t+1 + c_t+1 · ((1 - λ_t+1) v_t+1 + λ_t+1 R_t+1), λ_t = λ (1 - last_t), R_T-1 = bootstrap.
+    """
+    lambda_ = lambda_ * (1 - last)
+    interim = reward + cont * (1 - lambda_) * value
+    returns = [bootstrap]
+    for t in range(reward.shape[1] - 1, 0, -1):
+        returns.append(interim[:, t] + cont[:, t] * lambda_[:, t] * returns[-1])
+    return torch.stack(returns[:0:-1], 1)
+
+
+# === Networks =========================================================================================================
+
+
+def initialise(weight, fan_in, scale=1.0):
+    """Truncated normal with standard deviation scale / sqrt(fan_in)."""
+    std = 1.1368 * scale / math.sqrt(fan_in)
+    return nn.init.trunc_normal_(weight, 0.0, std, -2 * std, 2 * std) if scale else nn.init.zeros_(weight)
+
+
+class Linear(nn.Linear):
+    """Fully connected layer (..., inp) -> (..., out)."""
+
+    def __init__(self, inp, out, scale=1.0):
+        super().__init__(inp, out)
+        initialise(self.weight, inp, scale)
+        nn.init.zeros_(self.bias)
+
+
+class BlockLinear(nn.Module):
+    """`blocks` layers side by side, each from its part of the input to its part of the output."""
+
+    def __init__(self, inp, out, blocks):
+        super().__init__()
+        self.weight = nn.Parameter(initialise(torch.empty(blocks, inp // blocks, out // blocks), inp))
+        self.bias = nn.Parameter(torch.zeros(out))
+
+    def forward(self, x, weight=None):
+        """(B, inp) -> (G, B, out / G)."""
+        blocks = len(self.weight)
+        x = x.unflatten(-1, (blocks, -1)).transpose(0, 1)
+        return torch.baddbmm(self.bias.view(blocks, 1, -1), x, self.weight if weight is None else weight)
+
+
+class Conv(nn.Conv2d):
+    """5×5 convolution of images (B, H, W, C), same size."""
+
+    def __init__(self, inp, out):
+        super().__init__(inp, out, 5, padding=2)
+        initialise(self.weight, 25 * inp)
+        nn.init.zeros_(self.bias)
+
+    def forward(self, x):
+        return super().forward(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+
+
+class UpsampleConv(Conv):
+    """Nearest upsampling to twice the size, then a 5×5 convolution; computed before upsampling, with a third of the work.
+
+    Of the five rows that an output row sees, those that are copies of one input row are summed in the kernel: an even
+    row sees the input rows -1 -1 0 0 1, an odd one -1 0 0 1 1. So there is one 3×3 kernel for each of the four places.
+    """
+
+    def __init__(self, inp, out):
+        super().__init__(inp, out)
+        even, odd = [[1, 1, 0, 0, 0], [0, 0, 1, 1, 0], [0, 0, 0, 0, 1]], [[1, 0, 0, 0, 0], [0, 1, 1, 0, 0], [0, 0, 0, 1, 1]]
+        self.register_buffer("fold", torch.tensor([even, odd], dtype=torch.float32), persistent=False)
+
+    def forward(self, x):
+        weight = torch.einsum("oihw,pyh,qxw->opqiyx", self.weight, self.fold, self.fold).flatten(0, 2)
+        x = F.conv2d(x.permute(0, 3, 1, 2), weight, self.bias.repeat_interleave(4), padding=1)
+        return F.pixel_shuffle(x, 2).permute(0, 2, 3, 1)
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x²) + 1e-4) · scale over the last axis, in float32."""
+
+    def __init__(self, size):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(size))
+
+    def forward(self, x):
+        return F.rms_norm(x.float(), self.scale.shape, self.scale, 1e-4).to(x.dtype)
+
+
+class Layer(nn.Sequential):
+    """Linear, RMSNorm, SiLU."""
+
+    def __init__(self, inp, units):
+        super().__init__(Linear(inp, units), RMSNorm(units), nn.SiLU())
+
+
+class MLP(nn.Sequential):
+    """`layers` layers and a linear output, in float32: (..., inp) -> (..., out)."""
+
+    def __init__(self, inp, out, layers, units, scale=1.0):
+        super().__init__(*[Layer(units if i else inp, units) for i in range(layers)], Linear(units, out, scale))
+
+    def forward(self, x):
+        return super().forward(x).float()
+
+
+class Encoder(nn.Module):
+    """Observations (B, T, ...) -> embed (B, T, E): vectors through an MLP, images through convolutions."""
+
+    def __init__(self, spaces, args):
+        super().__init__()
+        self.spaces = spaces
+        self.vectors, self.images, self.embed_dim = *split_keys(spaces), 0
+        if self.vectors:
+            inp = sum(vector_size(spaces[key]) for key in self.vectors)
+            self.layers = nn.Sequential(*[Layer(args.units if i else inp, args.units) for i in range(3)])
+            self.embed_dim += args.units
+        if self.images:
+            depths = [sum(spaces[key].shape[-1] for key in self.images)] + [args.depth * m for m in (2, 3, 4, 4)]
+            self.convs = nn.ModuleList(Conv(*pair) for pair in zip(depths[:-1], depths[1:], strict=True))
+            self.norms = nn.ModuleList(RMSNorm(depth) for depth in depths[1:])
+            self.embed_dim += (args.image_size // 16) ** 2 * depths[-1]
+
+    def forward(self, obs):
+        embed = []
+        if self.vectors:
+            vectors = [vector_input(obs[key], self.spaces[key]) for key in self.vectors]
+            embed.append(self.layers(torch.cat(vectors, -1)))
+        if self.images:
+            image = torch.cat([obs[key] for key in self.images], -1)
+            x = image.flatten(0, 1) / 255 - 0.5
+            for conv, norm in zip(self.convs, self.norms, strict=True):
+                x = F.max_pool2d(conv(x).permute(0, 3, 1, 2), 2).permute(0, 2, 3, 1)
+                x = F.silu(norm(x))
+            embed.append(x.reshape(*image.shape[:2], -1))
+        return torch.cat(embed, -1)
+
+
+class Decoder(nn.Module):
+    """Features (B, T, F) -> key -> means: symlog of vectors, images in [0, 1], logits of classes."""
+
+    def __init__(self, spaces, args):
+        super().__init__()
+        self.spaces, self.deter = spaces, args.deter
+        self.vectors, self.images = split_keys(spaces)
+        feat_dim = args.deter + args.stoch * args.classes
+        if self.vectors:
+            self.layers = nn.Sequential(*[Layer(args.units if i else feat_dim, args.units) for i in range(3)])
+            self.heads = nn.ModuleDict({key: Linear(args.units, vector_size(spaces[key])) for key in self.vectors})
+        if self.images:
+            self.side, depth = args.image_size // 16, args.depth * 4
+            self.deter_map = BlockLinear(args.deter, self.side**2 * depth, args.blocks)
+            self.stoch_map = nn.Sequential(
+                Layer(args.stoch * args.classes, 2 * args.units), Linear(2 * args.units, self.side**2 * depth)
+            )
+            self.norm = RMSNorm(depth)
+            depths = [depth] + [args.depth * m for m in (4, 3, 2)]
+            self.convs = nn.ModuleList(UpsampleConv(*pair) for pair in zip(depths[:-1], depths[1:], strict=True))
+            self.norms = nn.ModuleList(RMSNorm(depth) for depth in depths[1:])
+            self.output = UpsampleConv(depths[-1], sum(spaces[key].shape[-1] for key in self.images))
+
+    def forward(self, feat):
+        means = {}
+        if self.vectors:
+            x = self.layers(feat)
+            means = {k: self.heads[k](x).float().reshape(*x.shape[:2], *vector_shape(self.spaces[k])) for k in self.vectors}
+        if self.images:
+            deter, stoch = feat.flatten(0, 1).split([self.deter, feat.shape[-1] - self.deter], -1)
+            # a block makes all places of its share of the channels
+            x = self.deter_map(deter).unflatten(-1, (self.side, self.side, -1)).permute(1, 2, 3, 0, 4).flatten(-2)
+            x = x + self.stoch_map(stoch).unflatten(-1, (self.side, self.side, -1))
+            x = F.silu(self.norm(x))
+            for conv, norm in zip(self.convs, self.norms, strict=True):
+                x = F.silu(norm(conv(x)))
+            image = self.output(x).float().sigmoid().unflatten(0, feat.shape[:2])
+            means |= dict(zip(self.images, image.split([self.spaces[k].shape[-1] for k in self.images], -1), strict=True))
+        return means
+
+
+def split_keys(spaces):
+    """Keys of the vectors and of the images, sorted."""
+    images = [key for key in sorted(spaces) if spaces[key].dtype == np.uint8]
+    return [key for key in sorted(spaces) if key not in images], images
+
+
+def vector_size(space):
+    """Numbers that a vector, a scalar or a class becomes as an input."""
+    return int(space.n) if isinstance(space, gym.spaces.Discrete) else int(np.prod(space.shape))
+
+
+def vector_shape(space):
+    return (int(space.n),) if isinstance(space, gym.spaces.Discrete) else space.shape
+
+
+def vector_input(value, space):
+    """(B, T, ...) -> (B, T, vector_size): symlog of vectors, one-hot of classes."""
+    if isinstance(space, gym.spaces.Discrete):
+        return F.one_hot(value, int(space.n)).float()
+    return symlog(value).flatten(2) if value.ndim > 2 else symlog(value).unsqueeze(-1)
+
+
+# === World model ======================================================================================================
+
+
+class RSSM(nn.Module):
+    """Recurrent state-space model, p. 3 (arXiv:2301.04104v2): a state is deter (B, D) and stoch (B, S, K)."""
+
+    def __init__(self, args, embed_dim, action_dim):
+        super().__init__()
+        self.args = args
+        stoch_dim = args.stoch * args.classes
+        self.deter_in = Layer(args.deter, args.hidden)
+        self.stoch_in = Layer(stoch_dim, args.hidden)
+        self.action_in = Layer(action_dim, args.hidden)
+        # every block sees its own part of deter and all of the three inputs
+        self.mix = BlockLinear(args.deter + args.blocks * 3 * args.hidden, args.deter, args.blocks)
+        self.mix_norm = RMSNorm(args.deter)
+        self.gates = BlockLinear(args.deter, 3 * args.deter, args.blocks)
+        self.post_in = Layer(args.deter + embed_dim, args.hidden)
+        self.post_out = Linear(args.hidden, stoch_dim)
+        self.prior_net = MLP(args.deter, stoch_dim, 2, args.hidden)
+
+    def initial(self, batch_size):
+        """State of zeros: deter (B, D), stoch (B, S, K)."""
+        weight = self.post_out.weight
+        return weight.new_zeros(batch_size, self.args.deter), weight.new_zeros(batch_size, self.args.stoch, self.args.classes)
+
+    def kernels(self):
+        """Slices of weights, made once for a scan: the mixing layer's for deter, for the inputs from deter and stoch and for
+        that from the action, and the posterior's for deter and for the embedding."""
+        deter, inputs = self.mix.weight.split([self.args.deter // self.args.blocks, 3 * self.args.hidden], 1)
+        inputs = inputs.transpose(0, 1).flatten(1)
+        split = 2 * self.args.hidden
+        post = self.post_in[0].weight
+        return deter, inputs[:split], inputs[split:], post[:, : self.args.deter], post[:, self.args.deter :]
+
+    def action_input(self, action, kernels):
+        """The action's share of the mixing layer, for all steps at once: (..., A) -> (..., D)."""
+        action = action / action.detach().abs().clamp(min=1)
+        return self.action_in(action) @ kernels[2]
+
+    def core(self, deter, stoch, action_input, kernels):
+        """deter (B, D), stoch (B, S, K), the action's share (B, D) -> next deter (B, D)."""
+        inputs = torch.cat([self.deter_in(deter), self.stoch_in(stoch.flatten(1))], -1)
+        x = self.mix(deter, kernels[0]).transpose(0, 1).flatten(1) + inputs @ kernels[1] + action_input
+        reset, cand, update = self.gates(F.silu(self.mix_norm(x))).chunk(3, -1)
+        cand = torch.tanh(torch.sigmoid(reset) * cand).transpose(0, 1).flatten(1)
+        update = torch.sigmoid(update - 1).transpose(0, 1).flatten(1)
+        return torch.lerp(deter, cand.float(), update.float())
+
+    def logit(self, x):
+        """(..., S*K) -> (..., S, K)."""
+        return x.float().unflatten(-1, (self.args.stoch, self.args.classes))
+
+    def probs(self, logit):
+        """Logits of stoch -> probabilities."""
+        return unimix(logit, self.args.unimix)
+
+    def prior(self, deter):
+        """Logits of stoch before the observation: (..., D) -> (..., S, K)."""
+        return self.logit(self.prior_net(deter))
+
+    def obs_step(self, state, action_input, embed_input, mask, noise, kernels):
+        """One step with an observation -> state, posterior's logits (B, S, K)."""
+        deter = self.core(state[0] * mask, state[1] * mask.unsqueeze(-1), action_input, kernels)
+        _, norm, activation = self.post_in
+        logit = self.logit(self.post_out(activation(norm(deter @ kernels[3].T + embed_input))))
+        return (deter, sample_onehot(self.probs(logit), noise)), logit
+
+    def img_step(self, state, action, noise, kernels):
+        """One step without: state, action (B, A), noise (B, S, 1) -> state."""
+        deter = self.core(*state, self.action_input(action, kernels), kernels)
+        return deter, sample_onehot(self.probs(self.prior(deter)), noise)
+
+    def observe(self, embed, action, is_first, start, noise):
+        """Posterior states along a sequence, Eq. 3 (arXiv:2301.04104v2).
+
+        embed (B, T, E), action (B, T, A) that led to each step, is_first (B, T), start state, noise (B, T, S, 1)
+        -> deter (B, T, D), stoch (B, T, S, K), logit (B, T, S, K).
+        """
+        kernels = self.kernels()
+        mask = 1 - is_first.float().unsqueeze(-1)
+        inputs = self.action_input(action * mask, kernels), embed @ kernels[4].T + self.post_in[0].bias, mask, noise
+        state, steps = start, []
+        for step in zip(*(x.unbind(1) for x in inputs), strict=True):
+            state, logit = self.obs_step(state, *step, kernels)
+            steps.append((*state, logit))
+        return tuple(torch.stack(x, 1) for x in zip(*steps, strict=True))
+
+    def imagine(self, start, policy, noise):
+        """States that follow the start under a policy, feat (N, F), step -> action (N, A); noise (N, H, S, 1).
+
+        -> feat (N, R, F) and action (N, R, A), both with that of the start.
+        """
+        kernels = self.kernels()
+        state, feats, actions = start, [feature(*start)], []
+        for t, step_noise in enumerate(noise.unbind(1)):
+            actions.append(policy(feats[t], t))
+            state = self.img_step(state, actions[t], step_noise, kernels)
+            feats.append(feature(*state))
+        actions.append(policy(feats[-1], len(actions)))
+        return torch.stack(feats, 1), torch.stack(actions, 1)
+
+
+def feature(deter, stoch):
+    """(..., D), (..., S, K) -> (..., F)."""
+    return torch.cat([deter, stoch.flatten(-2)], -1)
+
+
+class WorldModel(nn.Module):
+    """Encoder, RSSM, decoder, reward head and continue head."""
+
+    def __init__(self, args, spaces, action_dim):
+        super().__init__()
+        self.args, self.spaces = args, spaces
+        feat_dim = args.deter + args.stoch * args.classes
+        self.encoder = Encoder(spaces, args)
+        self.rssm = RSSM(args, self.encoder.embed_dim, action_dim)
+        self.decoder = Decoder(spaces, args)
+        self.reward_head = MLP(feat_dim, args.bins, 1, args.units, 0.0)
+        self.continue_head = MLP(feat_dim, 1, 1, args.units)
+
+    def loss(self, data, start, noise):
+        """Eq. 4 and 5 (arXiv:2301.04104v2) -> losses (B, T) by name, deter, stoch, feat; stats.
+
+        data: observations (B, T, ...), action, reward, is_first, is_last, is_terminal; noise (B, T, S, 1).
+        """
+        embed = self.encoder(data)  # (B, T, E)
+        deter, stoch, logit = self.rssm.observe(embed, data["action"], data["is_first"], start, noise)
+        feat = feature(deter, stoch)  # (B, T, F)
+        post = self.rssm.probs(logit)  # (B, T, S, K)
+        prior = self.rssm.probs(self.rssm.prior(deter))  # (B, T, S, K)
+        losses = {f"recon_loss_{key}": self.recon_loss(key, mean, data[key]) for key, mean in self.decoder(feat).items()}
+        losses["reward_loss"] = twohot_loss(self.reward_head(feat), data["reward"])  # (B, T)
+        # the head learns the discount too; paper: it learns the end alone, and returns are discounted outside
+        target = (1 - data["is_terminal"].float()) * (1 - 1 / self.args.discount_horizon)  # (B, T)
+        losses["continue_loss"] = F.binary_cross_entropy_with_logits(
+            self.continue_head(feat).squeeze(-1), target, reduction="none"
+        )
+        losses["dyn_loss"] = kl_divergence(post.detach(), prior).clamp(min=self.args.free_nats)  # (B, T)
+        losses["rep_loss"] = kl_divergence(post, prior.detach()).clamp(min=self.args.free_nats)  # (B, T)
+        stats = {
+            "posterior_entropy": -(post * post.log()).sum((-2, -1)).mean(),
+            "prior_entropy": -(prior * prior.log()).sum((-2, -1)).mean(),
+            "kl": kl_divergence(post, prior).mean(),
+        }
+        return losses, deter, stoch, feat, stats
+
+    def recon_loss(self, key, mean, target):
+        """Squared error of images in [0, 1] and of symlog vectors, cross entropy of classes: (B, T)."""
+        space = self.spaces[key]
+        if isinstance(space, gym.spaces.Discrete):
+            return F.cross_entropy(mean.flatten(0, 1), target.flatten(), reduction="none").view_as(target)
+        target = target / 255 if target.dtype == torch.uint8 else symlog(target)
+        return (mean - target).square().flatten(2).sum(-1) if mean.ndim > 2 else (mean - target).square()
+
+    def reward(self, feat):
+        """(..., F) -> expected reward (...)."""
+        return twohot_mean(self.reward_head(feat))
+
+    def cont(self, feat):
+        """(..., F) -> probability, times the discount, that the episode goes on (...)."""
+        return self.continue_head(feat).squeeze(-1).sigmoid()
+
+    def decode(self, feat):
+        """(B, T, F) -> observations as the environment gives them, key -> (B, T, ...)."""
+        obs = {}
+        for key, mean in self.decoder(feat).items():
+            if isinstance(self.spaces[key], gym.spaces.Discrete):
+                obs[key] = mean.argmax(-1)
+            else:
+                obs[key] = (mean * 255).round().byte() if self.spaces[key].dtype == np.uint8 else symexp(mean)
+        return obs
+
+
+# === Behaviour ========================================================================================================
+
+
+class Actor(nn.Module):
+    """Policy over one-hot actions (categorical) or actions in [-1, 1]^A (normal, bounded mean and deviation)."""
+
+    def __init__(self, args, feat_dim, action_dim, discrete):
+        super().__init__()
+        self.discrete = discrete
+        self.layers = nn.Sequential(*[Layer(args.units if i else feat_dim, args.units) for i in range(3)])
+        self.outputs = nn.ModuleList(Linear(args.units, action_dim, 0.01) for _ in range(1 if discrete else 2))
+
+    def forward(self, feat):
+        """(..., F) -> log-probabilities (..., A), or mean and standard deviation (..., A)."""
+        x = self.layers(feat)
+        outputs = [output(x).float() for output in self.outputs]
+        if self.discrete:
+            return (outputs[0].log_softmax(-1),)
+        return outputs[0].tanh(), 0.9 * torch.sigmoid(outputs[1] + 2) + 0.1
+
+    def sample(self, policy, noise):
+        """Noise: uniform (..., 1) or normal (..., A) -> action (..., A), not clipped."""
+        return sample_onehot(policy[0].exp(), noise) if self.discrete else policy[0] + policy[1] * noise
+
+    def log_prob(self, policy, action):
+        if self.discrete:
+            return (policy[0] * action).sum(-1)
+        mean, std = policy
+        return -(((action - mean) / std).square() / 2 + std.log() + math.log(2 * math.pi) / 2).sum(-1)
+
+    def entropy(self, policy):
+        if self.discrete:
+            return -(policy[0].exp() * policy[0]).sum(-1)
+        return (policy[1].log() + (1 + math.log(2 * math.pi)) / 2).sum(-1)
+
+
+class Behaviour(nn.Module):
+    """Actor, critic, the critic's slow average and the range of returns."""
+
+    def __init__(self, args, action_dim, discrete):
+        super().__init__()
+        self.args = args
+        feat_dim = args.deter + args.stoch * args.classes
+        self.actor = Actor(args, feat_dim, action_dim, discrete)
+        self.critic = MLP(feat_dim, args.bins, 3, args.units, 0.0)
+        self.slow_critic = MLP(feat_dim, args.bins, 3, args.units, 0.0).requires_grad_(False)
+        self.slow_critic.load_state_dict(self.critic.state_dict())
+        self.register_buffer("return_range", torch.zeros(2))  # 5th and 95th percentile
+
+    def loss(self, world_model, data, deter, stoch, feat, noise):
+        """Losses of actor and critic by name, (N, H) and, on the replayed sequences, (B, L); stats.
+
+        Eq. 7 to 12 (arXiv:2301.04104v2); data as for the world model; deter (B, T, D), stoch (B, T, S, K), feat (B, T, F);
+        noise: prior (N, H, S, 1), action (N, R, 1 or A).
+        """
+        args, actor = self.args, self.actor
+        with torch.no_grad():
+            start = deter.flatten(0, 1), stoch.flatten(0, 1)
+            policy = lambda feat, t: actor.sample(actor(feat), noise["action"][:, t])  # noqa: E731
+            imag_feat, imag_action = world_model.rssm.imagine(start, policy, noise["prior"])
+            reward = world_model.reward(imag_feat)  # (N, R)
+            cont = world_model.cont(imag_feat)  # (N, R)
+            slow_value = twohot_mean(self.slow_critic(imag_feat))  # (N, R)
+            weight = cont.cumprod(1)[:, :-1]  # (N, H)
+        critic_logit = self.critic(imag_feat)  # (N, R, X)
+        value = twohot_mean(critic_logit.detach())  # (N, R)
+        returns = lambda_return(reward, cont, torch.zeros_like(cont), value, value[:, -1], args.lambda_)  # (N, H)
+        scale = self.scale(returns)
+        advantage = (returns - value[:, :-1]) / scale  # (N, H)
+        policy = actor(imag_feat[:, :-1])
+        log_prob = actor.log_prob(policy, imag_action[:, :-1])  # (N, H)
+        entropy = actor.entropy(policy)  # (N, H)
+        losses = {"actor_loss": -weight * (log_prob * advantage + args.entropy_scale * entropy)}
+        losses["critic_loss"] = weight * twohot_loss(critic_logit[:, :-1], returns, slow_value[:, :-1])  # (N, H)
+
+        # on the replayed sequences, from the imagined returns; its gradient reaches the world model
+        boot = returns[:, 0].view(data["reward"].shape)  # (B, T)
+        last = data["is_last"].float()
+        going_on = (1 - data["is_terminal"].float()) * (1 - 1 / args.discount_horizon)  # (B, T)
+        replay_returns = lambda_return(data["reward"], going_on, last, boot, boot[:, -1], args.lambda_)  # (B, L)
+        slow_start = slow_value[:, 0].view(boot.shape)[:, :-1]  # (B, L)
+        replay_loss = twohot_loss(self.critic(feat[:, :-1]), replay_returns, slow_start)  # (B, L)
+        losses["replay_critic_loss"] = (1 - last[:, :-1]) * replay_loss
+        stats = {
+            "actor_entropy": entropy.mean(),
+            "advantage_std": advantage.std(),
+            "value_mean": value.mean(),
+            "return_mean": returns.mean(),
+            "return_scale": scale,
+            "imagined_reward": reward.mean(),
+            "imagined_continue": cont.mean(),
+        }
+        return losses, stats
+
+    def scale(self, returns):
+        """What returns are divided by: max(1, range from the 5th to the 95th percentile), Eq. 7 and p. 6; updates it."""
+        if dist.is_initialized():
+            parts = [torch.empty_like(returns) for _ in range(dist.get_world_size())]
+            dist.all_gather(parts, returns)
+            returns = torch.cat(parts)
+        percentiles = torch.quantile(returns, returns.new_tensor([0.05, 0.95]))
+        self.return_range.lerp_(percentiles, self.args.return_rate)
+        return (self.return_range[1] - self.return_range[0]).clamp(min=1)
+
+    @torch.no_grad()
+    def update_slow_critic(self):
+        torch._foreach_lerp_(
+            list(self.slow_critic.parameters()), list(self.critic.parameters()), self.args.slow_critic_rate
+        )
+
+
+# === Agent ============================================================================================================
+
+
+class LaProp:
+    """Adaptive gradient clipping, then RMS scaling, then momentum, then a warmed-up learning rate (p. 8)."""
+
+    def __init__(self, params, args):
+        self.params, self.args = list(params), args
+        self.square = [torch.zeros_like(p) for p in self.params]
+        self.momentum = [torch.zeros_like(p) for p in self.params]
+        self.updates = torch.zeros((), dtype=torch.float64, device=self.params[0].device)
+
+    @torch.no_grad()
+    def step(self, grads):
+        """One update from gradients in the order of the parameters -> stats."""
+        param_norm = torch.stack(torch._foreach_norm(self.params)).clamp(min=1e-3)
+        grad_norm = torch.stack(torch._foreach_norm(grads))
+        limit = self.args.clip * param_norm
+        grads = torch._foreach_mul(grads, list((limit / torch.maximum(grad_norm, limit)).unbind()))
+        rate = self.args.learning_rate * (self.updates / max(1, self.args.warmup)).clamp(max=1)
+        self.updates += 1
+        torch._foreach_mul_(self.square, 0.999)
+        torch._foreach_addcmul_(self.square, grads, grads, 0.001)
+        rms = torch._foreach_sqrt(torch._foreach_div(self.square, 1 - 0.999**self.updates))
+        torch._foreach_add_(rms, 1e-20)
+        torch._foreach_lerp_(self.momentum, torch._foreach_div(grads, rms), 0.1)
+        torch._foreach_sub_(self.params, torch._foreach_mul(self.momentum, rate / (1 - 0.9**self.updates)))
+        return {"grad_norm": grad_norm.norm(), "learning_rate": rate}
+
+    def state_dict(self):
+        return dict(square=self.square, momentum=self.momentum, updates=self.updates)
+
+    def load_state_dict(self, state):
+        for mine, saved in zip(self.square + self.momentum, state["square"] + state["momentum"], strict=True):
+            mine.copy_(saved)
+        self.updates.copy_(state["updates"])
+
+
+class Agent(nn.Module):
+    """World model, behaviour and optimizer: what is trained, what acts, what is saved."""
+
+    def __init__(self, args, spaces, action_space, device="cpu"):
+        super().__init__()
+        self.args, self.device = args, torch.device(device)
+        self.discrete = isinstance(action_space, gym.spaces.Discrete)
+        self.action_dim = int(action_space.n) if self.discrete else action_space.shape[0]
+        self.world_model = WorldModel(args, spaces, self.action_dim)
+        self.behaviour = Behaviour(args, self.action_dim, self.discrete)
+        self.to(device)
+        self.trained = [p for p in self.parameters() if p.requires_grad]
+        self.optimizer = LaProp(self.trained, args)
+        self.autocast = lambda: torch.autocast(self.device.type, torch.bfloat16, enabled=args.amp and self.device.type == "cuda")
+
+    def replay_spaces(self):
+        """What the agent adds to each step of the replay: key -> (shape, dtype)."""
+        args = self.args
+        return {"action": ((self.action_dim,), "float32"), "deter": ((args.deter,), "float32"), "stoch": ((args.stoch,), "uint8")}
+
+    def initial(self, num_envs):
+        """What acting carries from step to step, at the start of an episode: deter, stoch, action (E, A)."""
+        state = self.world_model.rssm.initial(num_envs)
+        return *state, torch.zeros(num_envs, self.action_dim, device=self.device)
+
+    @torch.no_grad()
+    def act(self, obs, carry):
+        """Observations (E, ...) with is_first, what act returned last -> carry: deter, stoch, action (E, A), sampled."""
+        deter, stoch, action = carry
+        with self.autocast():
+            embed = self.world_model.encoder({key: value.unsqueeze(1) for key, value in obs.items()})
+            noise = self.draw(*stoch.shape[:1], 1, self.args.stoch, 1)
+            steps = action.unsqueeze(1), obs["is_first"].unsqueeze(1), (deter, stoch), noise
+            deter, stoch, _ = (x.squeeze(1) for x in self.world_model.rssm.observe(embed, *steps))
+            policy = self.behaviour.actor(feature(deter, stoch))
+            return deter, stoch, self.behaviour.actor.sample(policy, self.action_noise(len(action)))
+
+    def draw(self, *shape):
+        return torch.rand(shape, device=self.device)
+
+    def action_noise(self, *shape):
+        return self.draw(*shape, 1) if self.discrete else torch.randn(*shape, self.action_dim, device=self.device)
+
+    def noise(self, B, T):
+        """All random numbers of one update, drawn at once."""
+        H, S = self.args.imagination_horizon, self.args.stoch
+        return {
+            "post": self.draw(B, T, S, 1),  # (B, T, S, 1)
+            "prior": self.draw(B * T, H, S, 1),  # (N, H, S, 1)
+            "action": self.action_noise(B * T, H + 1),
+        }
+
+    def loss(self, data, noise):
+        """Batch and noise -> losses (means, by name), the scaled sum, the new latents, stats."""
+        args = self.args
+        start = data["deter"], F.one_hot(data["stoch"].long(), args.classes).float()
+        with self.autocast():
+            losses, deter, stoch, feat, stats = self.world_model.loss(data, start, noise["post"])
+            more, more_stats = self.behaviour.loss(self.world_model, data, deter, stoch, feat, noise)
+        losses = {name: loss.mean() for name, loss in (losses | more).items()}
+        scales = {"dyn_loss": args.dyn_scale, "rep_loss": args.rep_scale, "replay_critic_loss": args.replay_critic_scale}
+        total = sum(scales.get(name, 1.0) * loss for name, loss in losses.items())
+        latents = {"deter": deter.detach(), "stoch": stoch.detach().argmax(-1).to(torch.uint8)}
+        return losses, total, latents, stats | more_stats
+
+    def update(self, data, noise=None):
+        """One gradient step on a batch from the replay -> the new latents, metrics by key; never waits for the GPU.
+
+        data: observations (B, T, ...), action (B, T, A), reward, is_first, is_last, is_terminal (B, T), and the state
+        before it: deter (B, D), stoch (B, S). With several processes each has its share of the batch.
+        """
+        noise = noise or self.noise(*data["reward"].shape)
+        losses, total, latents, stats = self.loss(data, noise)
+        grads = average(torch.autograd.grad(total, self.trained))
+        stats |= self.optimizer.step(grads)
+        self.behaviour.update_slow_critic()
+        metrics = {f"losses/{k}": v for k, v in losses.items()} | {f"stats/{k}": v for k, v in stats.items()}
+        return latents, {key: value.detach().float() for key, value in metrics.items()}
+
+    def get_extra_state(self):
+        return self.optimizer.state_dict()
+
+    def set_extra_state(self, state):
+        self.optimizer.load_state_dict(state)
+
+
+def average(tensors):
+    """Means over all processes; the tensors themselves if there is one."""
+    if not dist.is_initialized():
+        return tensors
+    flat = torch.cat([tensor.flatten() for tensor in tensors]) / dist.get_world_size()
+    dist.all_reduce(flat)
+    return [part.view_as(t) for part, t in zip(flat.split([t.numel() for t in tensors]), tensors, strict=True)]
