@@ -38,7 +38,6 @@ K classes of each, E embed, F = D + S*K feat, G blocks, R = H + 1, L = T - 1, X 
 import base64
 import csv
 import dataclasses
-import errno
 import http.server
 import io
 import json
@@ -51,7 +50,7 @@ import shutil
 import signal
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
+import urllib.parse
 from ctypes.util import find_library
 from dataclasses import dataclass
 from typing import Literal
@@ -144,7 +143,9 @@ class Args:
     stoch: int = 32
     """categorical variables of the stochastic state"""
     blocks: int = 8
-    """[C2] blocks of the GRU's and the decoder's block-diagonal layers"""
+    """[C2] blocks of the GRU's block-diagonal layers"""
+    decoder_blocks: int = 8
+    """[C5] blocks of the layer from deter to the decoder's first map"""
     unimix: float = 0.01
     """[C3] uniform share of the latents' probabilities"""
     bins: int = 255
@@ -210,6 +211,10 @@ PRESETS = {  # by the first word of --env-id, then by that word and --obs
 
 class Failure(Exception):
     """Something that the user has to put right: ends the run with one line and exit code 2."""
+
+
+class Interrupted(Failure):
+    """A failure from outside: what was learnt until then is saved first."""
 
 
 def parse_args(argv=None):
@@ -421,7 +426,7 @@ class Episodes(gym.Wrapper):
         if seed is not None:
             self.run_seed, self.episode = seed, -1
         self.episode, self.over = self.episode + 1, False
-        seed = np.random.SeedSequence([self.run_seed, self.episode]).generate_state(1)[0] % 2**31
+        seed = np.random.SeedSequence([self.run_seed, self.index, self.episode]).generate_state(1)[0] % 2**31
         obs, info = self.env.reset(seed=int(seed))
         return obs | dict(is_first=1, is_last=0, is_terminal=0), info
 
@@ -434,13 +439,17 @@ class Episodes(gym.Wrapper):
         return obs | dict(is_first=0, is_last=int(self.over), is_terminal=int(terminated)), reward, False, False, info
 
     def restore(self, states):
-        """Goes back into an episode: (run seed, episode, actions so far) of each environment -> the observation there."""
+        """Goes back into an episode: index -> (run seed, episode, actions so far); returns the observation there."""
         self.run_seed, episode, actions = states[self.index]
         self.episode = episode - 1
         obs = self.reset()[0]
         for action in actions:
             obs = self.step(action)[0]
         return obs
+
+    def position(self):
+        """Index, run seed and number of the episode."""
+        return self.index, self.run_seed, self.episode
 
     def abandon(self, which):
         """Ends the episode of the environments `which`: their next step resets."""
@@ -473,9 +482,9 @@ def make_env(args, index=0):
     return Episodes(Adapter(env, args.obs, args.image_size, repeat), index)
 
 
-def make_envs(args, count):
+def make_envs(args, count, first=0):
     """`count` environments in lock-step: in processes of their own where frames are made, else in this one."""
-    thunks = [lambda index=index: make_env(args, index) for index in range(count)]
+    thunks = [lambda index=index: make_env(args, index) for index in range(first, first + count)]
     probe = make_env(args)
     pixels = any(space.dtype == np.uint8 for space in probe.observation_space.values())
     probe.close()
@@ -497,6 +506,9 @@ def ignoring_interrupts(thunk):
 
 
 # === Replay ===========================================================================================================
+
+
+LATENTS = ("deter", "stoch")  # [C11] what the agent stores with each step
 
 
 class Replay:
@@ -534,7 +546,9 @@ class Replay:
         return np.lib.format.open_memmap(path, "w+", dtype, shape)
 
     def reserve(self, rows=1024):
-        """Takes disk space for the next rows now: writing into a mapped file on a full disk would kill the process."""
+        """Takes disk space for the next rows: writing into a mapped file on a full disk would kill the process."""
+        if self.count < self.reserved or self.reserved == self.capacity:
+            return
         stop = min(self.reserved + rows, self.capacity)
         for key, array in self.arrays.items():
             size = array[:1].nbytes
@@ -543,13 +557,12 @@ class Replay:
                     if hasattr(os, "posix_fallocate"):
                         os.posix_fallocate(file.fileno(), array.offset + self.reserved * size, (stop - self.reserved) * size)
                 except OSError as error:
-                    raise Failure(f"no room for the replay in {self.folder} ({error.strerror}): make room") from None
+                    raise Interrupted(f"no room for the replay in {self.folder} ({error.strerror})") from None
         self.reserved = stop
 
     def add(self, step):
         """Appends one step of every environment: key -> array (envs, ...)."""
-        if self.count >= self.reserved and self.reserved < self.capacity:
-            self.reserve()
+        self.reserve()
         for key, array in self.arrays.items():
             array[self.count % self.capacity] = step[key]
         self.count += 1
@@ -561,23 +574,28 @@ class Replay:
         """Number of sequences that can be sampled."""
         return max(0, min(self.count, self.capacity) - self.length) * self.num_envs
 
-    def sample(self, batch_size, rng):
-        """Sequences of length + 1 steps -> (key -> array (B, T + 1, ...), where they are); fresh ones first, else uniform."""
-        oldest = max(0, self.count - self.capacity)
-        self.fresh = [start for start in self.fresh if start[0] >= oldest]
-        starts, self.fresh = self.fresh[:batch_size], self.fresh[batch_size:]
+    def sample(self, batch_size, rng, fresh=True):
+        """Sequences -> (key -> array (B, T, ...), with the latents (B, ...) of the step before), where they are.
+
+        Fresh ones first, then uniformly; a sequence runs over the ends of episodes.
+        """
+        oldest, starts = max(0, self.count - self.capacity), []
+        if fresh:
+            starts = [start for start in self.fresh if start[0] >= oldest][:batch_size]
+            self.fresh = self.fresh[batch_size:]
         while len(starts) < batch_size:
             starts.append([int(rng.integers(oldest, self.count - self.length)), int(rng.integers(self.num_envs))])
         starts = np.array(starts)
-        index = (starts[:, :1] + np.arange(self.length + 1)) % self.capacity, starts[:, 1:]
-        data = {key: array[index] for key, array in self.arrays.items()}
+        rows, env = (starts[:, :1] + np.arange(self.length + 1)) % self.capacity, starts[:, 1:]
+        index = rows[:, 1:], env
+        data = {key: array[index] for key, array in self.arrays.items() if key not in LATENTS}
         data["is_last"][:, :-1] |= data["is_first"][:, 1:]  # an episode that was left
-        return data, index
+        return data | {key: self.arrays[key][rows[:, 0], env[:, 0]] for key in LATENTS}, index
 
     def write(self, index, values):
         """Puts newer latents in the place of those that `sample` returned: key -> array (B, T, ...)."""
         for key, value in values.items():
-            self.arrays[key][index[0][:, 1:], index[1]] = value
+            self.arrays[key][index] = value
 
     def flush(self):
         for array in self.arrays.values():
@@ -628,7 +646,7 @@ def twohot_loss(logit, *targets):
     bins = twohot_bins(logit.shape[-1], logit.device)
     log_probs, loss = logit.log_softmax(-1), 0.0
     for target in targets:
-        above = torch.bucketize(target, bins, right=True).clamp(1, len(bins) - 1)
+        above = torch.bucketize(target.contiguous(), bins, right=True).clamp(1, len(bins) - 1)
         low, high = bins[above - 1], bins[above]
         weight = ((target - low) / (high - low)).clamp(0, 1)
         both = log_probs.gather(-1, torch.stack([above - 1, above], -1))
@@ -812,7 +830,7 @@ class Decoder(nn.Module):
             self.heads = nn.ModuleDict({key: Linear(args.units, vector_size(spaces[key])) for key in self.vectors})
         if self.images:
             self.side, depth = args.image_size // 16, args.depth * 4
-            self.deter_map = BlockLinear(args.deter, self.side**2 * depth, args.blocks)
+            self.deter_map = BlockLinear(args.deter, self.side**2 * depth, args.decoder_blocks)
             self.stoch_map = nn.Sequential(
                 Layer(args.stoch * args.classes, 2 * args.units), Linear(2 * args.units, self.side**2 * depth)
             )
@@ -1222,6 +1240,10 @@ class Agent(nn.Module):
             policy = self.behaviour.actor(feature(deter, stoch))
             return deter, stoch, self.behaviour.actor.sample(policy, self.action_noise(len(action)))
 
+    def env_action(self, action):
+        """Actions (E, A) -> what the environments take: (E,) or (E, A)."""
+        return (action.argmax(-1) if self.discrete else action).cpu().numpy()
+
     def draw(self, *shape):
         return torch.rand(shape, device=self.device)
 
@@ -1278,3 +1300,629 @@ def average(tensors):
     flat = torch.cat([tensor.flatten() for tensor in tensors]) / dist.get_world_size()
     dist.all_reduce(flat)
     return [part.view_as(t) for part, t in zip(flat.split([t.numel() for t in tensors]), tensors, strict=True)]
+
+
+# === Dream ============================================================================================================
+
+
+class Dream(gym.Env):
+    """The learned world model as a Gymnasium environment, for any agent and for `gymnasium.utils.play`.
+
+    It starts in the state of the model after `context` steps of the real environment; then every step is imagined.
+    Observations are the decoded ones; info["real"] holds what the real environment shows after the same actions, as
+    long as its episode lasts. The episode ends where the continue head says so, or is cut after `length` steps.
+    """
+
+    metadata = {"render_modes": ["rgb_array"], "render_fps": 15}
+    render_mode = "rgb_array"
+
+    def __init__(self, agent, env, context=5, length=500):
+        self.agent, self.env, self.context, self.length = agent, env, context, length
+        self.observation_space = gym.spaces.Dict({k: v for k, v in env.observation_space.items() if k not in FLAGS})
+        self.action_space = env.action_space
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.generator = torch.Generator().manual_seed(int(self.np_random.integers(2**31)))
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.generator.initial_seed())
+            real = self.env.reset(seed=int(self.np_random.integers(2**31)))[0]
+            self.state = self.see(real, self.agent.initial(1))
+            for _ in range(self.context):
+                real = self.env.step(self.agent.env_action(self.state[2])[0])[0]
+                self.state = self.see(real, self.state)
+        self.real, self.steps = real, 0
+        return self.show(), {"real": self.real}
+
+    def see(self, real, state):
+        return self.agent.act(to_tensors({key: np.asarray(x)[None] for key, x in real.items()}, self.agent.device), state)
+
+    @torch.no_grad()
+    def step(self, action):
+        """An action of the environment's action space."""
+        model, self.steps = self.agent.world_model, self.steps + 1
+        action = torch.as_tensor(np.asarray(action), device=self.agent.device)
+        action = F.one_hot(action, self.agent.action_dim) if self.agent.discrete else action
+        noise = torch.rand(1, self.agent.args.stoch, 1, generator=self.generator).to(self.agent.device)
+        state = model.rssm.img_step(self.state[:2], action.float()[None], noise, model.rssm.kernels())
+        self.state = *state, action.float()[None]
+        if not self.real["is_last"]:
+            self.real = self.env.step(self.agent.env_action(self.state[2])[0])[0]
+        feat = feature(*state)
+        terminated = bool(model.cont(feat) < 0.5)
+        return self.show(), float(model.reward(feat)), terminated, self.steps >= self.length, {"real": self.real}
+
+    @torch.no_grad()
+    def show(self):
+        feat = feature(*self.state[:2])
+        obs = {k: v[0, 0].cpu().numpy() for k, v in self.agent.world_model.decode(feat[:, None]).items()}
+        self.obs = {k: np.int64(v) if v.dtype == np.int64 else v for k, v in obs.items()}
+        return self.obs
+
+    def render(self):
+        return picture(self.obs)
+
+
+def picture(obs):
+    """An observation as a picture (H, W, 3): its images side by side or, if there are none, its vectors as bars."""
+    images = [obs[key] for key in sorted(obs) if np.ndim(obs[key]) == 3]
+    if images:
+        images = [i[..., :3] if i.shape[-1] >= 3 else np.repeat(i[..., :1], 3, -1) for i in images]
+        return np.ascontiguousarray(np.concatenate(images, 1))
+    values = np.concatenate([np.ravel(obs[key]).astype(np.float32) for key in sorted(obs) if key not in FLAGS])
+    canvas = np.full((64, max(64, 4 * len(values)), 3), 255, np.uint8)
+    canvas[32] = 200
+    for i, value in enumerate(np.tanh(values / 2)):
+        top, bottom = sorted([32, 32 - int(round(31 * value))])
+        canvas[top : bottom + 1, 4 * i : 4 * i + 3] = (60, 90, 160)
+    return canvas
+
+
+@torch.no_grad()
+def open_loop(agent, data, context=5):
+    """Video (T, 3·H, W, 3): truth, model and error; the model sees `context` steps (framed) and then only the actions."""
+    model, count = agent.world_model, 4
+    data = {key: value[:count] for key, value in data.items()}
+    noise = torch.rand(*data["reward"].shape, agent.args.stoch, 1, generator=torch.Generator().manual_seed(0))
+    noise = noise.to(agent.device)
+    start = data["deter"], F.one_hot(data["stoch"].long(), agent.args.classes).float()
+    inputs = data["action"], data["is_first"]
+    seen = model.rssm.observe(model.encoder(data)[:, :context], *(x[:, :context] for x in inputs), start, noise[:, :context])
+    feats, state = [feature(*seen[:2])], (seen[0][:, -1], seen[1][:, -1])
+    for t in range(context, noise.shape[1]):
+        state = model.rssm.img_step(state, data["action"][:, t], noise[:, t], model.rssm.kernels())
+        feats.append(feature(*state).unsqueeze(1))
+    dream = {key: value.cpu().numpy() for key, value in model.decode(torch.cat(feats, 1)).items()}
+    video = []
+    for t in range(noise.shape[1]):
+        columns = []
+        for b in range(count):
+            truth = picture({key: data[key][b, t].cpu().numpy() for key in dream})
+            model_ = picture({key: dream[key][b, t] for key in dream})
+            error = ((model_.astype(np.int16) - truth + 255) // 2).astype(np.uint8)
+            if t < context:
+                truth[:2], truth[:, :2], model_[:2], model_[:, :2] = 4 * [[60, 180, 75]]
+            columns.append(np.concatenate([truth, model_, error]))
+        video.append(np.concatenate(columns, 1))
+    return np.stack(video)
+
+
+# === Run ==============================================================================================================
+
+
+class Log:
+    """Scalars and videos -> TensorBoard and metrics.csv (frame, key, value); rows from after a resumed frame are dropped."""
+
+    def __init__(self, run, frame):
+        self.writer = SummaryWriter(run, purge_step=frame or None)
+        path, rows = f"{run}/metrics.csv", []
+        if os.path.exists(path):
+            with open(path, newline="") as file:
+                rows = [row for row in list(csv.reader(file))[1:] if len(row) == 3 and int(row[0]) <= frame]
+        self.file = open(path, "w", newline="")
+        self.csv = csv.writer(self.file)
+        self.csv.writerows([["frame", "key", "value"], *rows])
+        self.file.flush()
+
+    def scalars(self, frame, values):
+        for key, value in values.items():
+            self.writer.add_scalar(key, value, frame)
+            self.csv.writerow([frame, key, repr(float(value))])
+        self.file.flush()
+
+    def video(self, frame, key, frames, fps=15):
+        """(T, H, W, 3) as an animated GIF."""
+        buffer = io.BytesIO()
+        images = [Image.fromarray(x).quantize(256, dither=Image.Dither.NONE) for x in frames]
+        images[0].save(buffer, "GIF", save_all=True, append_images=images[1:], duration=1000 // fps, loop=0)
+        image = Summary.Image(height=frames.shape[1], width=frames.shape[2], colorspace=3, encoded_image_string=buffer.getvalue())
+        self.writer.file_writer.add_summary(Summary(value=[Summary.Value(tag=key, image=image)]), frame)
+
+
+def write_mp4(path, frames, fps=30):
+    """(T, H, W, 3) -> mp4 file."""
+    import av
+
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    with av.open(path, "w") as file:
+        stream = file.add_stream("libx264", rate=fps, options={"crf": "18"})
+        height, width = frames[0].shape[:2]
+        zoom = max(1, 256 // height)
+        stream.height, stream.width = height * zoom // 2 * 2, width * zoom // 2 * 2
+        for frame in frames:
+            frame = np.repeat(np.repeat(frame, zoom, 0), zoom, 1)[: stream.height, : stream.width]
+            file.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), "rgb24")))
+        file.mux(stream.encode())
+
+
+def to_tensors(values, device):
+    """Arrays by key -> tensors on the device."""
+    tensors = {key: torch.from_numpy(np.ascontiguousarray(value)) for key, value in values.items()}
+    if device.type == "cuda":
+        tensors = {key: tensor.pin_memory() for key, tensor in tensors.items()}
+    return {key: tensor.to(device, non_blocking=True) for key, tensor in tensors.items()}
+
+
+class Graph:
+    """A function of a dict of tensors and of tensors, as a CUDA graph: its first three calls run as they are, then it is
+    captured once and replayed. Without a GPU the function itself. Outputs are overwritten by the next call."""
+
+    def __init__(self, function, device, enabled=True):
+        self.function, self.calls = function, 0 if device.type == "cuda" and enabled else -(10**18)
+
+    def __call__(self, *inputs):
+        self.calls += 1
+        if self.calls < 0:
+            return self.function(*inputs)
+        if self.calls <= 3:  # lazy initialisations, on the stream kind that captures
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                outputs = self.function(*inputs)
+            torch.cuda.current_stream().wait_stream(stream)
+            return outputs
+        if self.calls == 4:
+            self.inputs = torch.utils._pytree.tree_map(torch.clone, inputs)
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph):
+                self.outputs = self.function(*self.inputs)
+        torch.utils._pytree.tree_map(lambda mine, new: mine.copy_(new, non_blocking=True), self.inputs, inputs)
+        self.graph.replay()
+        return self.outputs
+
+
+def save(path, state):
+    """A checkpoint that is there whole or not at all: temporary file, fsync, rename. Failure if it cannot be written."""
+    try:
+        with open(f"{path}.tmp", "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(f"{path}.tmp", path)
+        folder = os.open(os.path.dirname(path), os.O_RDONLY)
+        os.fsync(folder)
+        os.close(folder)
+    except (OSError, RuntimeError) as error:
+        if os.path.exists(f"{path}.tmp"):
+            os.remove(f"{path}.tmp")
+        raise Failure(f"cannot write {path} ({error}): make room; the checkpoint before it is kept") from None
+
+
+def load(run, args, device):
+    """The checkpoint of a run. Failure if it is missing, cut short or not of this script."""
+    try:
+        state = torch.load(f"{run}/checkpoint.pt", map_location=device, weights_only=True)
+    except FileNotFoundError:
+        raise Failure(f"{run} has no checkpoint.pt: it was stopped before its first save") from None
+    except Exception as error:
+        raise Failure(f"{run}/checkpoint.pt cannot be read ({type(error).__name__}): is it whole?") from None
+    if not isinstance(state, dict) or state.get("script") != Args().exp_name:
+        raise Failure(f"{run}/checkpoint.pt is not a checkpoint of {Args().exp_name}.py")
+    return state
+
+
+def load_agent(agent, state):
+    try:
+        agent.load_state_dict(state["agent"])
+    except RuntimeError as error:
+        raise Failure(f"the checkpoint does not fit this model: {str(error).splitlines()[1].strip()}") from None
+
+
+def evaluate(agent, args, seed, frames=None):
+    """Returns of `eval_episodes` episodes, one in each of as many environments; pictures of the first go to `frames`."""
+    envs = make_envs(args, args.eval_episodes)
+    obs = envs.reset(seed=[seed] * envs.num_envs)[0]
+    carry, returns, over = agent.initial(envs.num_envs), np.zeros(envs.num_envs), np.zeros(envs.num_envs, bool)
+    while not over.all():
+        if frames is not None and not over[0]:
+            seen = {key: value[0] for key, value in obs.items()}
+            images = any(np.ndim(value) == 3 for value in seen.values())
+            frames.append(picture(seen) if images else np.array(envs.call("render")[0]))
+        carry = agent.act(to_tensors(obs, agent.device), carry)
+        obs, reward, *_ = envs.step(agent.env_action(carry[2]))
+        returns += np.where(over, 0, reward)
+        over |= obs["is_last"].astype(bool)
+    envs.close()
+    return returns
+
+
+def restore_envs(envs, replay, agent, episodes, lengths):
+    """Brings the environments back to where the replay ends, by their episodes' seeds and the actions taken since.
+
+    One that does not come back to the observation it had is not deterministic: it starts a fresh episode.
+    """
+    states = {}
+    for env, (episode, length) in enumerate(zip(episodes, lengths, strict=True)):
+        rows = np.arange(replay.count - int(length), replay.count) % replay.capacity
+        action = torch.from_numpy(replay.arrays["action"][rows, env])
+        states[episode[0]] = (*episode[1:], agent.env_action(action))
+    row = (replay.count - 1) % replay.capacity
+    lost = []
+    for env, obs in enumerate(envs.call("restore", states)):
+        if any(not np.array_equal(replay.arrays[key][row, env], value) for key, value in obs.items()):
+            lost.append(episodes[env][0])
+    if lost:
+        print(f"environments {lost} are not deterministic: their episodes were left, fresh ones start", file=sys.stderr)
+        envs.call("abandon", lost)
+
+
+def random_states(rng, device):
+    """States of all random number generators, as a checkpoint can hold them."""
+    cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+    return dict(python=random.getstate(), sampling=rng.bit_generator.state, torch=torch.get_rng_state(), cuda=cuda)
+
+
+def set_random_states(states, rng, device):
+    random.setstate(states["python"])
+    rng.bit_generator.state = states["sampling"]
+    torch.set_rng_state(states["torch"].cpu())
+    if device.type == "cuda" and states["cuda"] is not None:
+        torch.cuda.set_rng_state(states["cuda"].cpu(), device)
+
+
+def start_processes(args):
+    """Joins the other processes of `torchrun`, if there are any -> rank, number of processes."""
+    if "RANK" in os.environ and not dist.is_initialized():
+        dist.init_process_group("nccl" if args.cuda and torch.cuda.is_available() else "gloo")
+    world = dist.get_world_size() if dist.is_initialized() else 1
+    if args.num_envs % world or args.batch_size % world:
+        raise Failure(f"--num-envs {args.num_envs} and --batch-size {args.batch_size} must be multiples of {world} processes")
+    return dist.get_rank() if world > 1 else 0, world
+
+
+def agree(signals, device):
+    """Whether any process was told to stop."""
+    if not dist.is_initialized():
+        return bool(signals)
+    flag = torch.tensor(float(len(signals)), device=device)
+    dist.all_reduce(flag)
+    return bool(flag > 0)
+
+
+def pick_device(args):
+    torch.backends.cudnn.deterministic = args.torch_deterministic
+    torch.set_float32_matmul_precision("high")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if args.cuda and torch.cuda.is_available() else torch.device("cpu")
+
+
+def start_log(args, run, frame, agent, replay):
+    """Writes and prints the arguments, opens the log."""
+    saved = dataclasses.asdict(args) | {"script": Args().exp_name}
+    with open(f"{run}/args.json", "w") as file:
+        json.dump(saved, file, indent=1)
+    if args.track:
+        import wandb
+
+        wandb.init(
+            project=args.wandb_project_name, entity=args.wandb_entity, name=os.path.basename(run), config=saved, sync_tensorboard=True
+        )
+    log = Log(run, frame)
+    log.writer.add_text("args", "\n".join(f"    {key}: {value}" for key, value in saved.items()))
+    print(" ".join(f"--{key.replace('_', '-')} {value}" for key, value in saved.items()))
+    print(
+        f"{run}: {sum(p.numel() for p in agent.trained):,} parameters on {agent.device}; {args.total_timesteps:,} frames of the "
+        f"environment, {args.action_repeat} for each action; the replay takes at most {replay.bytes / 1e9:.1f} GB of disk"
+    )
+    return log
+
+
+def tell_cost(seconds, updates):
+    """Without a GPU, nobody should find out at hour nine."""
+    hint = "" if seconds * updates < 24 * 3600 else "; --size 1m --obs state is a matter of hours"
+    tqdm.write(f"an update takes {seconds:.1f} s on this CPU; the {updates:,.0f} of this run {seconds * updates / 3600:.1f} hours{hint}")
+
+
+def record(agent, args, replay, log, run, frame):
+    """Evaluation and open-loop video."""
+    if len(replay) > 4:
+        data, _ = replay.sample(4, np.random.default_rng(frame), fresh=False)
+        log.video(frame, "video/open_loop", open_loop(agent, to_tensors(data, agent.device)))
+    if args.eval_episodes:
+        frames = [] if args.capture_video else None
+        returns = evaluate(agent, args, frame, frames)
+        log.scalars(frame, {"eval/episodic_return": returns.mean(), "eval/episodic_return_std": returns.std()})
+        if frames:
+            log.video(frame, "video/eval", np.stack(frames[::2]))
+            write_mp4(f"{run}/videos/eval_{frame}.mp4", frames)
+
+
+def train(args):
+    """Trains until `total_timesteps`, from the start or from a checkpoint; returns the run directory."""
+    rank, world = start_processes(args)
+    device = pick_device(args)
+    run = args.resume or f"{args.run_dir}/{args.env_id.replace('/', '-')}__{args.exp_name}__{args.seed}__{int(time.time())}"
+    if world > 1:
+        names = [run]
+        dist.broadcast_object_list(names)
+        run = names[0]
+    state = load(run, args, device) if args.resume else None
+    if state and len(state["processes"]) != world:
+        raise Failure(f"{run} was trained by {len(state['processes'])} processes: resume it with as many")
+    own = state["processes"][rank] if state else {}
+
+    random.seed(args.seed)
+    torch.manual_seed(args.seed)
+    num_envs, batch_size = args.num_envs // world, args.batch_size // world
+    envs = make_envs(args, num_envs, rank * num_envs)
+    parallel = isinstance(envs, gym.vector.AsyncVectorEnv)
+    spaces = {key: space for key, space in envs.single_observation_space.items() if key not in FLAGS}
+    agent = Agent(args, spaces, envs.single_action_space, device)
+    steps = min(args.replay_size, args.total_timesteps // args.action_repeat + args.num_envs) // world
+    stored = {key: (space.shape, space.dtype) for key, space in spaces.items()} | {key: ((), "bool") for key in FLAGS}
+    stored |= {"reward": ((), "float32")} | agent.replay_spaces()
+    folder = f"{run}/replay/{rank}" if world > 1 else f"{run}/replay"
+    replay = Replay(folder, stored, num_envs, max(steps, own.get("capacity", 0)), args.batch_length)
+    rng = np.random.default_rng([args.seed, rank])
+    torch.manual_seed(args.seed + rank)
+    step, updates, due_from, sums = 0, 0, None, {}
+    episode_return, episode_length = np.zeros(num_envs), np.zeros(num_envs, np.int64)
+    if state:
+        load_agent(agent, state)
+        step, updates, due_from = state["step"], state["updates"], state["due_from"]
+        replay.load_state_dict(own["replay"])
+        carry, sums = own["carry"], own["sums"]
+        episode_return, episode_length = own["episode_return"].numpy(), own["episode_length"].numpy()
+        restore_envs(envs, replay, agent, own["episodes"], episode_length)
+        set_random_states(own["random"], rng, device)
+    log = start_log(args, run, step * args.action_repeat, agent, replay) if rank == 0 else None
+
+    def checkpoint():
+        """Everything, so that the run goes on as if it had not been stopped."""
+        replay.flush()
+        mine = dict(replay=replay.state_dict(), capacity=replay.capacity * num_envs, carry=carry, sums=sums)
+        mine |= dict(episode_return=torch.from_numpy(episode_return), episode_length=torch.from_numpy(episode_length))
+        mine |= dict(episodes=envs.call("position"), random=random_states(rng, device))
+        everyone = [None] * world
+        if world > 1:
+            dist.gather_object(mine, everyone if rank == 0 else None)
+        if rank == 0:
+            state = dict(script=Args().exp_name, agent=agent.state_dict(), step=step, updates=updates, due_from=due_from)
+            save(f"{run}/checkpoint.pt", state | dict(processes=everyone if world > 1 else [mine]))
+
+    signals = []
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, _: signals.append(number))
+    act, update, batch = Graph(agent.act, device), Graph(agent.update, device), None
+
+    def fetch():
+        data, index = replay.sample(batch_size, rng)
+        return to_tensors(data, device), index
+
+    def take(obs, reward, carry):
+        """Lets the agent see a step and puts it in the replay -> what acting carries on."""
+        seen = {key: value.astype(bool) if key in FLAGS else value for key, value in obs.items()}
+        tensors = to_tensors(seen, device)
+        action = torch.where(tensors["is_first"].unsqueeze(-1), 0, carry[2])
+        carry = tuple(x.clone() for x in act(tensors, carry))
+        latents = {"deter": carry[0].cpu(), "stoch": carry[1].argmax(-1).cpu()}
+        replay.add(seen | latents | {"reward": reward.astype(np.float32), "action": action.cpu()})
+        return carry
+
+    if not state:
+        obs = envs.reset(seed=[args.seed] * num_envs)[0]
+        carry = take(obs, np.zeros(num_envs), agent.initial(num_envs))
+        step = args.num_envs
+    ratio = args.train_ratio / (args.batch_size * args.batch_length)
+    frame, saved_at, rows_at = step * args.action_repeat, time.time(), (time.time(), step)
+    bar = tqdm(total=args.total_timesteps, initial=frame, unit="frames", disable=rank > 0, smoothing=0.05)
+    try:
+        while frame < args.total_timesteps and not agree(signals, device):
+            replay.reserve()
+            action = agent.env_action(carry[2])
+            if parallel:
+                envs.step_async(action)  # the environments run while the model learns
+            due = 0
+            if due_from is not None:
+                due = int((step - due_from) * ratio)
+                due_from += due / ratio
+            elif len(replay) * world >= args.batch_size * args.batch_length:
+                due, due_from = 1, step
+            for _ in range(due):
+                started = time.time()
+                data, index = batch or fetch()
+                latents, metrics = update(data)
+                batch = fetch() if device.type == "cuda" else None  # while the GPU works
+                replay.write(index, {key: value.cpu().numpy() for key, value in latents.items()})
+                values = torch.stack(list(metrics.values())).cpu()
+                if not values.isfinite().all():
+                    name = next(key for key, value in zip(metrics, values, strict=True) if not value.isfinite())
+                    raise Failure(f"{name} is not finite at update {updates}, frame {frame}; {run} keeps its last checkpoint")
+                for key, value in zip([*metrics, "count"], [*values.tolist(), 1], strict=True):
+                    sums[key] = sums.get(key, 0.0) + value
+                updates += 1
+                if updates == 3 and device.type == "cpu" and rank == 0:
+                    tell_cost(time.time() - started, (args.total_timesteps - frame) / args.action_repeat * ratio)
+            try:
+                obs, reward, *_ = envs.step_wait() if parallel else envs.step(action)
+            except (EOFError, BrokenPipeError, ConnectionError):
+                raise Interrupted(f"a process of an environment died at frame {frame}") from None
+            if not np.isfinite(reward).all():
+                raise Interrupted(f"environment {int(np.argmin(np.isfinite(reward)))} gave reward {reward} at frame {frame}")
+            carry = take(obs, reward, carry)
+            step += args.num_envs
+            before, frame = frame, step * args.action_repeat
+            passed = lambda every: every and frame // every > before // every  # noqa: B023, E731
+
+            first, last = obs["is_first"].astype(bool), obs["is_last"].astype(bool)
+            episode_return = np.where(first, 0, episode_return + reward.astype(np.float32))
+            episode_length = np.where(first, 0, episode_length + 1)
+            if rank == 0:
+                for env in np.flatnonzero(last):
+                    length = int(episode_length[env]) * args.action_repeat
+                    log.scalars(frame, {"charts/episodic_return": episode_return[env], "charts/episodic_length": length})
+                    bar.set_postfix_str(f"return {episode_return[env]:.1f}, updates {updates}")
+                bar.update(frame - before)
+                if passed(args.log_every) and sums:
+                    row = {key: value / sums["count"] for key, value in sums.items() if key != "count"}
+                    seconds, steps = time.time() - rows_at[0], step - rows_at[1]
+                    row |= {"charts/SPS": steps * args.action_repeat / seconds, "charts/updates": updates}
+                    log.scalars(frame, row)
+                    sums, rows_at = {}, (time.time(), step)
+                if passed(args.eval_every):
+                    record(agent, args, replay, log, run, frame)
+            if time.time() - saved_at > args.save_every * 60:
+                checkpoint()
+                saved_at = time.time()
+        checkpoint()
+    except Interrupted as error:
+        checkpoint()
+        raise Failure(f"{error}; saved, continue with --resume {run}") from None
+    finally:
+        bar.close()
+        envs.close(**({"terminate": True} if parallel else {}))
+    if signals:
+        print(f"stopped at frame {frame} and saved; continue with --resume {run}")
+        sys.exit(128 + signals[0])
+    return run
+
+
+def load_run(args):
+    """The agent of a run and one of its environments."""
+    run, device = args.evaluate or args.play, pick_device(args)
+    env = make_env(args)
+    spaces = {key: space for key, space in env.observation_space.items() if key not in FLAGS}
+    agent = Agent(args, spaces, env.action_space, device)
+    load_agent(agent, load(run, args, device))
+    torch.manual_seed(args.seed)
+    return agent, env
+
+
+def score(args):
+    """--evaluate: prints mean and standard deviation over episodes; with --capture-video writes the first as mp4."""
+    agent, env = load_run(args)
+    env.close()
+    frames = [] if args.capture_video else None
+    returns = evaluate(agent, args, args.seed, frames)
+    print(f"{args.env_id}: {returns.mean():.2f} ± {returns.std():.2f} over {len(returns)} episodes")
+    if frames:
+        path = f"{args.evaluate}/videos/evaluate.mp4"
+        write_mp4(path, frames)
+        print(path)
+
+
+PAGE = """<!doctype html><meta charset=utf-8><title>Dream</title>
+<style>body{font:16px sans-serif;margin:2em;background:#111;color:#ddd}img{height:320px;image-rendering:pixelated;margin-right:1em}</style>
+<h3>You act; the model dreams <small id=info></small></h3>
+<figure style="margin:0"><img id=dream><img id=real></figure><p>Left: the dream. Right: what the real environment shows after the
+same actions.</p><p>Keys: <span id=keys></span>; r starts anew; hold a key to go on.</p>
+<script>
+let held=new Set(),busy=false;
+async function ask(path){busy=true;let s=await(await fetch(path)).json();busy=false;
+ for(let k of["dream","real"]){let e=document.getElementById(k);e.hidden=!s[k];if(s[k])e.src="data:image/png;base64,"+s[k]}
+ document.getElementById("info").textContent=s.info;document.getElementById("keys").textContent=s.keys}
+onkeydown=e=>{if(e.key.startsWith("Arrow")||e.key==" ")e.preventDefault();held.add(e.key);if(e.key=="r")ask("/reset")};
+onkeyup=e=>held.delete(e.key);onblur=()=>held.clear();
+setInterval(()=>{if(!busy&&held.size&&!held.has("r"))ask("/step?"+new URLSearchParams([...held].map(k=>["key",k])))},60);ask("/reset");
+</script>"""
+KEYS = ["ArrowRight", "ArrowLeft", "ArrowUp", "ArrowDown", "d", "a", "w", "s", "l", "j", "i", "k", "6", "4", "8", "2"]
+
+
+def key_action(keys, space):
+    """Keys held -> action: one key for each discrete action, or two for each dimension, plus and minus."""
+    if isinstance(space, gym.spaces.Discrete):
+        names = [" ", *KEYS, *"1357890bcefghmnopqtuvxyz"]
+        return next((i for i in range(int(space.n)) if names[i % len(names)] in keys), 0)
+    action = np.zeros(space.shape, np.float32)
+    for i, key in enumerate(KEYS[: 2 * len(action)]):
+        action[i // 2] += (key in keys) * (1 - 2 * (i % 2))
+    return action
+
+
+def play(args):
+    """--play: a page on 127.0.0.1 where you act in the dream; with --capture-video an mp4 of the actor's dream instead."""
+    agent, env = load_run(args)
+    dream = Dream(agent, env)
+    obs, info = dream.reset(seed=args.seed)
+    if args.capture_video:
+        frames, over = [], False
+        while not over:
+            frames.append(np.concatenate([picture(obs), picture(info["real"])], 1))
+            with torch.no_grad():
+                policy = agent.behaviour.actor(feature(*dream.state[:2]))
+                action = agent.behaviour.actor.sample(policy, agent.action_noise(1))
+            obs, _, terminated, truncated, info = dream.step(agent.env_action(action)[0])
+            over = terminated or truncated or len(frames) == 200
+        write_mp4(f"{args.play}/videos/dream.mp4", frames, fps=15)
+        print(f"{args.play}/videos/dream.mp4: left the dream, right the real environment after the same actions")
+        return
+    space = dream.action_space
+    names = "space, " + ", ".join(KEYS) if agent.discrete else ", ".join(KEYS[: 2 * space.shape[0]])
+    total = 0.0
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            nonlocal obs, info, total
+            url = urllib.parse.urlparse(self.path)
+            if url.path == "/":
+                return self.reply("text/html", PAGE.encode())
+            if url.path == "/reset":
+                (obs, info), total, text = dream.reset(), 0.0, "new dream"
+            elif url.path == "/step":
+                action = key_action(urllib.parse.parse_qs(url.query).get("key", []), space)
+                obs, reward, terminated, truncated, info = dream.step(action)
+                total += reward
+                text = f"step {dream.steps}, reward {reward:.2f}, return {total:.1f}{', the end' * (terminated or truncated)}"
+            else:
+                return self.send_error(404)
+            real = None if info["real"]["is_last"] else png(picture(info["real"]))
+            self.reply("application/json", json.dumps(dict(dream=png(picture(obs)), real=real, info=text, keys=names)).encode())
+
+        def reply(self, kind, body):
+            self.send_response(200)
+            self.send_header("Content-Type", kind)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_):
+            pass
+
+    server = http.server.HTTPServer(("127.0.0.1", 0), Handler)
+    port = server.server_port
+    print(f"http://127.0.0.1:{port}  (from another machine first: ssh -L {port}:127.0.0.1:{port} <this machine>)", flush=True)
+    try:
+        server.serve_forever()
+    except KeyboardInterrupt:
+        server.server_close()
+
+
+def png(frame):
+    """(H, W, 3) -> PNG in base64."""
+    buffer = io.BytesIO()
+    Image.fromarray(frame).save(buffer, "PNG")
+    return base64.b64encode(buffer.getvalue()).decode()
+
+
+def main(argv=None):
+    try:
+        args = parse_args(argv)
+        if args.evaluate or args.play:
+            return (score if args.evaluate else play)(args)
+        return train(args)
+    except Failure as failure:
+        print(f"{os.path.basename(__file__)}: {failure}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,428 @@
+"""dreamer_v3.py against recorded outputs of the authors' code (tests/golden/dreamer_v3/README.md explains the arrays)."""
+
+import os
+from pathlib import Path
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import dreamer_v3 as script
+
+GOLDEN = Path(os.environ.get("GOLDEN_DIR", Path(__file__).parent / "golden"))
+CASES = [path for path in sorted(GOLDEN.rglob("golden_[a-z]_*.npz")) if not path.stem.endswith("_opt")]
+FUNCTIONS = next(iter(sorted(GOLDEN.rglob("dreamer_v3/golden_functions.npz")) + sorted(GOLDEN.glob("golden_functions.npz"))))
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def close(mine, golden, rtol=1e-4, atol=1e-5):
+    mine = mine.detach().cpu().numpy() if isinstance(mine, torch.Tensor) else np.asarray(mine)
+    golden = np.asarray(golden)
+    assert mine.shape == golden.shape, (mine.shape, golden.shape)
+    np.testing.assert_allclose(mine, golden, rtol=rtol, atol=atol * max(1.0, float(np.abs(golden).max())))
+
+
+def tensor(array):
+    return torch.as_tensor(np.asarray(array), device=DEVICE)
+
+
+class Case:
+    """One recorded model case: our agent with its sizes and weights, its batch, and noise that draws its samples."""
+
+    def __init__(self, path):
+        self.golden = golden = np.load(path)
+        shape = lambda name: golden[f"param/{name}"].shape  # noqa: E731
+        discrete = "param/pol/head/action/logits/kernel" in golden
+        blocks, _, per_block = shape("dyn/dynhid0/kernel")
+        S, K = golden["post/stoch"].shape[2:]
+        units = shape("rew/mlp/linear0/kernel")[1]
+        self.args = script.Args(
+            deter=blocks * per_block,
+            hidden=shape("dyn/dynin0/kernel")[1],
+            stoch=S,
+            classes=K,
+            blocks=blocks,
+            units=units,
+            depth=shape("enc/cnn0/kernel")[-1] // 2 if "param/enc/cnn0/kernel" in golden else 1,
+            bins=shape("rew/head/logits/kernel")[1],
+            imagination_horizon=golden["imag/ret"].shape[1],
+            learning_rate=1e-3,
+            warmup=2,
+        )
+        reserved = ("reward", "is_first", "is_last", "is_terminal")
+        obs = {k[7:]: golden[k] for k in golden.files if k.startswith("in/obs/") and k[7:] not in reserved}
+        obs = {k: v for k, v in obs.items() if f"dec/mean/{k}" in golden}
+        spaces = {}
+        for key, value in obs.items():
+            if value.dtype == np.uint8:
+                spaces[key] = gym.spaces.Box(0, 255, value.shape[2:], np.uint8)
+                self.args.image_size = value.shape[2]
+            else:
+                spaces[key] = gym.spaces.Box(-np.inf, np.inf, value.shape[2:])
+        self.B, self.T = golden["in/obs/reward"].shape
+        self.actions = shape("pol/head/action/logits/kernel" if discrete else "pol/head/action/mean/kernel")[1]
+        space = gym.spaces.Discrete(self.actions) if discrete else gym.spaces.Box(-1, 1, (self.actions,))
+        self.agent = script.Agent(self.args, spaces, space, DEVICE)
+        self.names = self.official_names(spaces, discrete)
+        self.load("param/")
+        action = golden["in/prevact"]
+        action = F.one_hot(tensor(action).long(), self.actions).float() if discrete else tensor(action)
+        self.data = {key: tensor(value) for key, value in obs.items()}
+        self.data |= {key: tensor(golden[f"in/obs/{key}"]) for key in reserved}
+        carry = "in/carry/deter", "in/carry/stoch"
+        stoch = tensor(golden[carry[1]])
+        self.data |= {"action": action, "deter": tensor(golden[carry[0]]), "stoch": stoch.argmax(-1) if stoch.ndim == 3 else stoch}
+        self.noise = self.make_noise(discrete)
+
+    def official_names(self, spaces, discrete):
+        """Our parameter -> (official name, kind of layout)."""
+        names = {}
+
+        def add(ours, theirs, kind="dense"):
+            names[f"{ours}.weight"] = f"{theirs}/kernel", kind
+            names[f"{ours}.bias"] = f"{theirs}/bias", "same"
+
+        def layer(ours, theirs, norm, kind="dense"):
+            add(f"{ours}.0", theirs, kind)
+            names[f"{ours}.1.scale"] = f"{norm}/scale", "same"
+
+        agent, wm, bh = self.agent, "world_model", "behaviour"
+        if agent.world_model.encoder.vectors:
+            for i in range(3):
+                layer(f"{wm}.encoder.layers.{i}", f"enc/mlp{i}", f"enc/mlp{i}norm")
+                layer(f"{wm}.decoder.layers.{i}", f"dec/mlp/linear{i}", f"dec/mlp/norm{i}", "dense_feat" if i == 0 else "dense")
+            for key in agent.world_model.encoder.vectors:
+                add(f"{wm}.decoder.heads.{key}", f"dec/vec/{key}/pred")
+        if agent.world_model.encoder.images:
+            for i in range(4):
+                add(f"{wm}.encoder.convs.{i}", f"enc/cnn{i}", "conv")
+                names[f"{wm}.encoder.norms.{i}.scale"] = f"enc/cnn{i}norm/scale", "same"
+            add(f"{wm}.decoder.deter_map", "dec/sp0", "same")
+            layer(f"{wm}.decoder.stoch_map.0", "dec/sp1", "dec/sp1norm")
+            add(f"{wm}.decoder.stoch_map.1", "dec/sp2")
+            names[f"{wm}.decoder.norm.scale"] = "dec/spnorm/scale", "same"
+            for i in range(3):
+                add(f"{wm}.decoder.convs.{i}", f"dec/conv{2 - i}", "conv")
+                names[f"{wm}.decoder.norms.{i}.scale"] = f"dec/conv{2 - i}norm/scale", "same"
+            add(f"{wm}.decoder.output", "dec/imgout", "conv")
+        for ours, theirs in (("deter_in", "dynin0"), ("stoch_in", "dynin1"), ("action_in", "dynin2"), ("post_in", "obs0")):
+            layer(f"{wm}.rssm.{ours}", f"dyn/{theirs}", f"dyn/{theirs}norm")
+        add(f"{wm}.rssm.mix", "dyn/dynhid0", "same")
+        names[f"{wm}.rssm.mix_norm.scale"] = "dyn/dynhid0norm/scale", "same"
+        add(f"{wm}.rssm.gates", "dyn/dyngru", "same")
+        add(f"{wm}.rssm.post_out", "dyn/obslogit")
+        for i in range(2):
+            layer(f"{wm}.rssm.prior_net.{i}", f"dyn/prior{i}", f"dyn/prior{i}norm")
+        add(f"{wm}.rssm.prior_net.2", "dyn/priorlogit")
+        heads = [(f"{wm}.reward_head", "rew", 1, "logits"), (f"{wm}.continue_head", "con", 1, "logit")]
+        heads += [(f"{bh}.critic", "val", 3, "logits"), (f"{bh}.slow_critic", "slowval", 3, "logits")]
+        for ours, theirs, layers, output in heads:
+            for i in range(layers):
+                layer(f"{ours}.{i}", f"{theirs}/mlp/linear{i}", f"{theirs}/mlp/norm{i}")
+            add(f"{ours}.{layers}", f"{theirs}/head/{output}")
+        for i in range(3):
+            layer(f"{bh}.actor.layers.{i}", f"pol/mlp/linear{i}", f"pol/mlp/norm{i}")
+        for i, output in enumerate(["logits"] if discrete else ["mean", "stddev"]):
+            add(f"{bh}.actor.outputs.{i}", f"pol/head/action/{output}")
+        return names
+
+    def convert(self, array, kind):
+        """An official array in our layout."""
+        array = np.asarray(array)
+        if kind == "conv":
+            return tensor(array.transpose(3, 2, 0, 1))
+        if kind == "dense_feat":  # the decoder's vectors see stoch first there, deter first here
+            size = self.args.stoch * self.args.classes
+            array = np.concatenate([array[size:], array[:size]])
+        return tensor(array.T) if kind.startswith("dense") else tensor(array)
+
+    def parameter(self, source, prefix, name):
+        theirs, kind = self.names[name]
+        return self.convert(source[prefix + theirs], kind)
+
+    def load(self, prefix, source=None):
+        source = self.golden if source is None else source
+        with torch.no_grad():
+            for name, parameter in self.agent.named_parameters():
+                if prefix + self.names[name][0] in source:
+                    value = self.parameter(source, prefix, name)
+                    assert value.shape == parameter.shape, name
+                    parameter.copy_(value)
+        theirs = {self.names[name][0] for name, _ in self.agent.named_parameters()}
+        missing = {key[len(prefix) :] for key in source.files if key.startswith(prefix)} - theirs
+        assert not {m for m in missing if not m.startswith(("ret", "slowval", "opt"))}, missing
+
+    def make_noise(self, discrete):
+        """Noise for which our sampling returns the recorded samples."""
+        golden, args = self.golden, self.args
+
+        def uniform(probs, index):
+            above = probs.double().cumsum(-1).gather(-1, index.unsqueeze(-1))
+            return (above - probs.double().gather(-1, index.unsqueeze(-1)) / 2).float()
+
+        post = script.unimix(tensor(golden["post/logit"]), args.unimix)
+        prior = script.unimix(tensor(golden["imag/prior_logit"]), args.unimix)
+        noise = {"post": uniform(post, tensor(golden["post/stoch_index"]).long())}
+        noise["prior"] = uniform(prior, tensor(golden["imag/stoch_index"])[:, 1:].long())
+        action = tensor(golden["imag/act"])
+        if discrete:
+            noise["action"] = uniform(tensor(golden["imag/pol_logits"]).softmax(-1), action.long())
+        else:
+            noise["action"] = (action - tensor(golden["imag/pol_mean"])) / tensor(golden["imag/pol_std"])
+        return noise
+
+
+@pytest.fixture(params=CASES, ids=lambda path: path.stem, scope="module")
+def case(request):
+    return Case(request.param)
+
+
+def test_golden_data_is_there():
+    assert len(CASES) >= 1, GOLDEN
+
+
+def test_parity_world_model(case):
+    golden, model, data = case.golden, case.agent.world_model, case.data
+    close(model.encoder(data), golden["enc/tokens"])
+    start = data["deter"], F.one_hot(data["stoch"].long(), case.args.classes).float()
+    losses, deter, stoch, feat, stats = model.loss(data, start, case.noise["post"])
+    close(deter, golden["post/deter"])
+    assert np.array_equal(stoch.detach().argmax(-1).cpu().numpy(), golden["post/stoch_index"])
+    logit = model.rssm.observe(model.encoder(data), data["action"], data["is_first"], start, case.noise["post"])[2]
+    close(logit, golden["post/logit"])
+    close(model.rssm.prior(deter), golden["prior/logit"])
+    post, prior = model.rssm.probs(logit), model.rssm.probs(model.rssm.prior(deter))
+    close(script.kl_divergence(post, prior), golden["post/kl_raw"])
+    for key, mean in model.decoder(feat).items():
+        close(mean, golden[f"dec/mean/{key}"])
+        close(losses[f"recon_loss_{key}"], golden[f"loss/{key}"])
+    close(model.reward_head(feat), golden["head/rew_logits"])
+    close(model.reward(feat), golden["head/rew_pred"], atol=1e-4)
+    close(model.continue_head(feat).view(golden["head/con_logit"].shape), golden["head/con_logit"])
+    close(model.cont(feat), golden["head/con_prob"])
+    for ours, theirs in (("reward_loss", "rew"), ("continue_loss", "con"), ("dyn_loss", "dyn"), ("rep_loss", "rep")):
+        close(losses[ours], golden[f"loss/{theirs}"])
+
+
+def test_parity_behaviour(case):
+    golden, agent = case.golden, case.agent
+    behaviour, model = agent.behaviour, agent.world_model
+    behaviour.return_range.copy_(tensor(np.stack([golden["imag/ret_lo_before"], golden["imag/ret_hi_before"]])))
+    start = case.data["deter"], F.one_hot(case.data["stoch"].long(), case.args.classes).float()
+    with torch.no_grad():
+        _, deter, stoch, feat, _ = model.loss(case.data, start, case.noise["post"])
+        policy = behaviour.actor(feat)
+        if agent.discrete:
+            close(policy[0], tensor(golden["head/pol_logits"]).log_softmax(-1).cpu())
+        else:
+            close(policy[0], golden["head/pol_mean"])
+            close(policy[1], golden["head/pol_std"])
+        close(behaviour.critic(feat), golden["head/val_logits"])
+        close(script.twohot_mean(behaviour.critic(feat)), golden["head/val_pred"], atol=1e-4)
+        close(script.twohot_mean(behaviour.slow_critic(feat)), golden["head/slowval_pred"], atol=1e-4)
+        states = deter.flatten(0, 1), stoch.flatten(0, 1)
+        act = lambda feat, t: behaviour.actor.sample(behaviour.actor(feat), case.noise["action"][:, t])  # noqa: E731
+        imag_feat, imag_action = model.rssm.imagine(states, act, case.noise["prior"])
+        close(imag_feat[..., : case.args.deter], golden["imag/deter"])
+        index = imag_feat[..., case.args.deter :].unflatten(-1, (case.args.stoch, case.args.classes)).argmax(-1)
+        assert np.array_equal(index.cpu().numpy(), golden["imag/stoch_index"])
+        if agent.discrete:
+            assert np.array_equal(imag_action.argmax(-1).cpu().numpy(), golden["imag/act"])
+        else:
+            close(imag_action, golden["imag/act"])
+        close(model.reward(imag_feat), golden["imag/rew"], atol=1e-4)
+        close(model.cont(imag_feat), golden["imag/con"])
+        value = script.twohot_mean(behaviour.critic(imag_feat))
+        close(value, golden["imag/val"], atol=1e-4)
+        close(script.twohot_mean(behaviour.slow_critic(imag_feat)), golden["imag/slowval"], atol=1e-4)
+        policy = behaviour.actor(imag_feat)
+        close(behaviour.actor.log_prob(policy, imag_action), golden["imag/logp"])
+        close(behaviour.actor.entropy(policy), golden["imag/ent"])
+        close(model.cont(imag_feat).cumprod(1), golden["imag/weight"])
+        zeros = torch.zeros_like(value)
+        reward, cont = model.reward(imag_feat), model.cont(imag_feat)
+        returns = script.lambda_return(reward, cont, zeros, value, value[:, -1], case.args.lambda_)
+        close(returns, golden["imag/ret"], atol=1e-4)
+    losses, stats = behaviour.loss(model, case.data, deter, stoch, feat, case.noise)
+    close(behaviour.return_range[0], golden["imag/ret_lo_after"].reshape(()))
+    close(behaviour.return_range[1], golden["imag/ret_hi_after"].reshape(()))
+    close(stats["return_scale"], golden["imag/ret_scale"].reshape(()))
+    close(losses["actor_loss"], golden["imag/loss_policy"], atol=1e-4)
+    close(losses["critic_loss"], golden["imag/loss_value"], atol=1e-4)
+    close(losses["actor_loss"].mean(1).view(case.B, case.T), golden["loss/policy"], atol=1e-4)
+    close(losses["critic_loss"].mean(1).view(case.B, case.T), golden["loss/value"], atol=1e-4)
+    close(losses["replay_critic_loss"], golden["loss/repval"], atol=1e-4)
+
+
+def test_parity_gradients(case):
+    golden, agent = case.golden, case.agent
+    agent.behaviour.return_range.copy_(tensor(np.stack([golden["imag/ret_lo_before"], golden["imag/ret_hi_before"]])))
+    losses, total, latents, _ = agent.loss(case.data, case.noise)
+    close(total, golden["lossmean/total"])
+    theirs = {"reward_loss": "rew", "continue_loss": "con", "dyn_loss": "dyn", "rep_loss": "rep", "actor_loss": "policy"}
+    theirs |= {"critic_loss": "value", "replay_critic_loss": "repval"}
+    for name, loss in losses.items():
+        close(loss, golden[f"lossmean/{theirs.get(name, name.removeprefix('recon_loss_'))}"])
+    close(latents["deter"], golden["writeback/dyn/deter"])
+    written = golden["writeback/dyn/stoch"]
+    assert np.array_equal(latents["stoch"].cpu(), written.argmax(-1) if written.ndim == 4 else written)
+    grads = torch.autograd.grad(total, agent.trained)
+    names = [name for name, parameter in agent.named_parameters() if parameter.requires_grad]
+    assert len(names) == sum(key.startswith("grad/") for key in golden.files)
+    for name, grad in zip(names, grads, strict=True):
+        close(grad, case.parameter(golden, "grad/", name).cpu(), rtol=1e-3, atol=3e-5)
+
+
+def test_parity_updates(case, request):
+    """Parameters after each recorded update, from the recorded gradients."""
+    path = next(iter(GOLDEN.rglob(f"{request.node.callspec.id}_opt.npz")))
+    opt, agent = np.load(path), case.agent
+    case.load("param0/", opt)
+    names = {name: parameter for name, parameter in agent.named_parameters() if parameter.requires_grad}
+    slow = {name: p for name, p in agent.named_parameters() if not p.requires_grad}
+    golden = lambda name, prefix: case.convert(opt[prefix + case.names[name][0]], case.names[name][1])  # noqa: E731
+    with torch.no_grad():
+        for name, parameter in slow.items():
+            before = opt[case.names[name][0].replace("slowval/", "slowval0/")]
+            parameter.copy_(case.convert(before, case.names[name][1]))
+    agent.optimizer = script.LaProp(agent.trained, case.args)
+    count = len(opt["lr_schedule"])
+    for i in range(1, count + 1):
+        stats = agent.optimizer.step([golden(name, f"grad{i}/") for name in names])
+        agent.behaviour.update_slow_critic()
+        assert stats["learning_rate"].item() == pytest.approx(float(opt["lr_schedule"][i - 1]), rel=1e-5)
+        for name, parameter in names.items():
+            close(parameter, golden(name, f"param{i}/").cpu(), rtol=1e-5, atol=2e-6)
+    for name, parameter in slow.items():
+        after = opt[case.names[name][0].replace("slowval/", f"slowval{count}/")]
+        close(parameter, case.convert(after, case.names[name][1]).cpu(), rtol=1e-5, atol=2e-6)
+    case.load("param/")
+
+
+@pytest.fixture(scope="module")
+def functions():
+    return np.load(FUNCTIONS)
+
+
+def test_parity_symlog(functions):
+    close(script.symlog(tensor(functions["symlog/x"])), functions["symlog/y"])
+    close(script.symexp(tensor(functions["symexp/x"])), functions["symexp/y"], rtol=1e-5, atol=0)
+
+
+def test_parity_twohot(functions):
+    close(script.twohot_bins(255), functions["twohot/bins"], rtol=1e-5, atol=0)
+    logit = tensor(functions["twohot/logits"]).requires_grad_()
+    loss = script.twohot_loss(logit, tensor(functions["twohot/target"]))
+    close(loss, functions["twohot/loss"])
+    close(torch.autograd.grad(loss.sum(), logit)[0], functions["twohot/dloss_dlogits"], atol=3e-5)  # bins differ by an ulp
+    mean = script.twohot_mean(tensor(functions["twohot/pred_logits"]))
+    assert mean[0] == 0
+    np.testing.assert_allclose(mean[7:].cpu(), functions["twohot/pred"][7:], rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(mean[1:7].cpu() / 1e8, functions["twohot/pred"][1:7] / 1e8, atol=1e-6)
+    close(script.twohot_loss(logit, tensor(functions["twohot/target"]), tensor(functions["twohot/target"])), 2 * functions["twohot/loss"])
+
+
+def test_parity_lambda_return(functions):
+    reward, boot = tensor(functions["lam/rew"]), tensor(functions["lam/boot"])
+    cont = tensor(functions["lam/imag_con"])
+    close(script.lambda_return(reward, cont, torch.zeros_like(cont), boot, boot[:, -1], 0.95), functions["lam/imag_ret"])
+    last, term = (tensor(functions[f"lam/replay_{x}"]).float() for x in ("last", "term"))
+    close(script.lambda_return(reward, (1 - term) * (1 - 1 / 333), last, boot, boot[:, -1], 0.95), functions["lam/replay_ret"])
+
+
+def test_parity_layers(functions):
+    norm = script.RMSNorm(functions["rms/x"].shape[-1]).to(DEVICE)
+    block = script.BlockLinear(functions["block/x"].shape[-1], functions["block/y"].shape[-1], len(functions["block/kernel"]))
+    kernel = functions["conv/kernel_hwio"].transpose(3, 2, 0, 1)
+    conv, up = script.Conv(*kernel.shape[1::-1]), script.UpsampleConv(*kernel.shape[1::-1])
+    norm.scale.data = tensor(functions["rms/scale"])
+    block.weight.data, block.bias.data = tensor(functions["block/kernel"]), tensor(functions["block/bias"])
+    for layer in (conv, up.to(DEVICE)):
+        layer.weight.data, layer.bias.data = tensor(kernel), tensor(functions["conv/bias"])
+    close(norm(tensor(functions["rms/x"])), functions["rms/y"])
+    close(block(tensor(functions["block/x"])).transpose(0, 1).flatten(1), functions["block/y"])
+    x = tensor(functions["conv/x"])
+    close(conv(x), functions["conv/y"])
+    close(F.max_pool2d(conv(x).permute(0, 3, 1, 2), 2).permute(0, 2, 3, 1), functions["conv/y_maxpool2"])
+    upsampled = F.interpolate(conv(x).permute(0, 3, 1, 2), scale_factor=2).permute(0, 2, 3, 1)
+    close(upsampled, functions["conv/y_nearest_up2"])
+    close(up(x), conv(F.interpolate(x.permute(0, 3, 1, 2), scale_factor=2).permute(0, 2, 3, 1)).detach().cpu())
+
+
+def test_parity_optimizer(functions):
+    names = sorted(key.removeprefix("laprop/param0/") for key in functions.files if key.startswith("laprop/param0/"))
+    params = [torch.nn.Parameter(tensor(functions[f"laprop/param0/{name}"])) for name in names]
+    args = script.Args(learning_rate=float(functions["laprop/lr"]), warmup=int(functions["laprop/warmup"]))
+    optimizer, step = script.LaProp(params, args), 1
+    while f"laprop/param{step}/{names[0]}" in functions:
+        optimizer.step([tensor(functions[f"laprop/grad{step}/{name}"]) for name in names])
+        for name, param in zip(names, params, strict=True):
+            close(param, functions[f"laprop/param{step}/{name}"], rtol=2e-4, atol=2e-6)
+        step += 1
+    assert step > 2
+    optimizer = script.LaProp(params, script.Args())
+    for n, rate in zip(functions["lrsched/n"], functions["lrsched/lr"], strict=True):
+        optimizer.updates.fill_(int(n))
+        stats = optimizer.step([torch.zeros_like(param) for param in params])
+        assert stats["learning_rate"].item() == pytest.approx(float(rate), rel=1e-5)
+
+
+def test_parity_return_scale(functions):
+    behaviour = script.Behaviour(script.Args(**script.SIZES["1m"]), 3, True).to(DEVICE)
+    for x, lo, scale in zip(functions["retnorm/x"], functions["retnorm/lo"], functions["retnorm/scale"], strict=True):
+        mine = behaviour.scale(tensor(x))
+        close(behaviour.return_range[0], lo)
+        close(mine, scale)
+
+
+def test_parity_distributions(functions):
+    actor = script.Actor(script.Args(**script.SIZES["1m"]), 8, 3, False).to(DEVICE)
+    actor.layers, (mean, std) = torch.nn.Identity(), actor.outputs
+    for i, output in enumerate((mean, std)):
+        output.weight.data = torch.eye(3, 6, device=DEVICE).roll(3 * i, 1)
+        output.bias.data.zero_()
+    raw = torch.cat([tensor(functions["bnormal/raw_mean"]), tensor(functions["bnormal/raw_std"])], -1)
+    policy = actor(raw)
+    close(policy[0], functions["bnormal/mean"])
+    close(policy[1], functions["bnormal/std"])
+    close(actor.log_prob(policy, tensor(functions["bnormal/event"])), functions["bnormal/logp"])
+    close(actor.entropy(policy), functions["bnormal/entropy"])
+    actor.discrete = True
+    policy = (tensor(functions["cat/logits"]).log_softmax(-1),)
+    onehot = F.one_hot(tensor(functions["cat/action"]), policy[0].shape[-1]).float()
+    close(actor.log_prob(policy, onehot), functions["cat/logp"])
+    close(actor.entropy(policy), functions["cat/entropy"])
+
+
+def test_parity_unimix(functions):
+    logits = [tensor(functions[f"unimix/logits{i}"]).requires_grad_() for i in (1, 2)]
+    p, q = (script.unimix(logit, 0.01) for logit in logits)
+    close(p.log(), functions["unimix/logp1"])
+    kl = script.kl_divergence(p, q)
+    close(kl, functions["unimix/kl12"])
+    close(-(p * p.log()).sum((-2, -1)), functions["unimix/entropy1"])
+    grads = torch.autograd.grad(kl.sum(), logits, retain_graph=True)
+    close(grads[0], functions["unimix/dkl_dlogits1"])
+    close(grads[1], functions["unimix/dkl_dlogits2"])
+    index = tensor(functions["unimix/index"]).unsqueeze(-1)
+    sample = script.sample_onehot(p, (p.cumsum(-1).gather(-1, index) - p.gather(-1, index) / 2).detach())
+    assert torch.equal(sample.argmax(-1), index.squeeze(-1))
+    close((p.log() * sample.detach()).sum((-2, -1)), functions["unimix/logp_event"])
+    grad = torch.autograd.grad(sample, logits[0], tensor(functions["unimix/st_cotangent"]))[0]
+    close(grad, functions["unimix/st_grad_logits"])
+
+
+def test_parity_slow_critic(functions):
+    behaviour = script.Behaviour(script.Args(**script.SIZES["1m"]), 3, True).to(DEVICE)
+    size = len(functions["slow/src"])
+    for name, array in (("critic", "src"), ("slow_critic", "dst")):
+        getattr(behaviour, name)[0][1].scale.data[:size] = tensor(functions[f"slow/{array}"])
+    behaviour.update_slow_critic()
+    close(behaviour.slow_critic[0][1].scale[:size], functions["slow/new"])
+
+
+def test_parity_continue_loss(functions):
+    mine = F.binary_cross_entropy_with_logits(tensor(functions["binary/logit"]), tensor(functions["binary/target"]), reduction="none")
+    close(mine, functions["binary/loss"])
