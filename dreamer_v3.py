@@ -29,7 +29,7 @@ state and 1M from pixels), which PRESETS["dmc"] follows so that ours can be laid
 configuration (DMC: action repeat 1, 1m and ratio 1024 from state, 200m and ratio 256 from pixels), reached by
 `--action-repeat 1 --size 1m --train-ratio 1024` or `--action-repeat 1 --size 200m --train-ratio 256`.
 
-Not copied from the authors' code: latents are written back at once, not one update late; DMC from state renders nothing.
+Not copied from the authors' code: latents are written back at once, not one update late; from state nothing is rendered.
 
 Shapes: B batch, T time, H imagination horizon, N = B*T starts of imagination, A action, D deter, S stoch variables,
 K classes of each, E embed, F = D + S*K feat, G blocks, R = H + 1, L = T - 1, X bins. Arrays are (B, T, ...).
@@ -74,7 +74,7 @@ from tqdm import tqdm
 @dataclass
 class Args:
     # General
-    exp_name: str = os.path.basename(__file__)[: -len(".py")]
+    exp_name: str = os.path.basename(__file__).removesuffix(".py")
     """name of the experiment, part of the run directory's name"""
     seed: int = 1
     """seed of parameters, environments and sampling"""
@@ -209,6 +209,11 @@ PRESETS = {  # by the first word of --env-id, then by that word and --obs
 }
 
 
+SCRIPT = Args().exp_name
+FIXED = ("env_id", "obs", "image_size", "action_repeat", "num_envs", "replay_size", "batch_length", "stoch", "bins")
+FIXED += ("size", "deter", "hidden", "classes", "depth", "units", "blocks", "decoder_blocks")  # [C12]
+
+
 class Failure(Exception):
     """Something that the user has to put right: ends the run with one line and exit code 2."""
 
@@ -220,10 +225,9 @@ class Interrupted(Failure):
 def parse_args(argv=None):
     """Command line -> Args: defaults, then the run's own or the suite's preset, then the flags that were given."""
     argv = sys.argv[1:] if argv is None else list(argv)
-    presets = "\n".join(f"{k}: " + " ".join(f"--{n.replace('_', '-')} {x}" for n, x in v.items()) for k, v in PRESETS.items())
-    cli = lambda default: tyro.cli(  # noqa: E731
-        Args, args=argv, default=default, description=f"{__doc__}\nPresets by the first word of --env-id:\n{presets}"
-    )
+    presets = "\n".join(f"{name}: {show(preset)}" for name, preset in PRESETS.items())
+    text = f"{__doc__}\nPresets by the first word of --env-id:\n{presets}"
+    cli = lambda default: tyro.cli(Args, args=argv, default=default, description=text)  # noqa: E731
     args = cli(Args())
     run = args.resume or args.evaluate or args.play
     if run:
@@ -233,13 +237,10 @@ def parse_args(argv=None):
         except (OSError, ValueError) as error:
             raise Failure(f"{run} is not a run directory: {error}") from None
         known = {field.name for field in dataclasses.fields(Args)}
-        if saved.get("script") != Args().exp_name:
-            raise Failure(f"{run} was made by {saved.get('script')}.py: use that script")
-        del saved["script"]
-        if set(saved) - known:
-            raise Failure(f"{run} was made by another version of this script: unknown {sorted(set(saved) - known)}")
+        if saved.pop("script", None) != SCRIPT or set(saved) - known:
+            raise Failure(f"{run} was not made by this version of {SCRIPT}.py")
         args = cli(Args(**saved | dict(resume=None, evaluate=None, play=None)))
-        fixed = [n for n in MODEL_FIELDS + ("env_id", "obs", "num_envs") if getattr(args, n) != saved[n]]
+        fixed = [name for name in FIXED if getattr(args, name) != saved[name]]
         if args.resume and fixed:
             raise Failure(f"{run} was started with other values of {fixed}: they cannot change on --resume")
     else:
@@ -252,7 +253,9 @@ def parse_args(argv=None):
     return args
 
 
-MODEL_FIELDS = ("size", "deter", "hidden", "classes", "depth", "units", "stoch", "blocks", "bins", "image_size")
+def show(values):
+    """Arguments as they are typed."""
+    return " ".join(f"--{name.replace('_', '-')} {value}" for name, value in values.items() if value is not None)
 
 
 def suite(env_id):
@@ -263,6 +266,7 @@ def suite(env_id):
 # === Environment ======================================================================================================
 
 FLAGS = ("is_first", "is_last", "is_terminal")
+NO_OPENGL = "rendering needs OpenGL, which is not installed: apt-get install libosmesa6 (or train with --obs state)"
 
 
 def choose_opengl():
@@ -276,9 +280,9 @@ def choose_opengl():
 
 
 class DeepMindControl(gym.Env):
-    """A task of the DeepMind Control Suite, `<domain>-<task>`; observes a dict of float32 vectors and an `image`.
+    """A task of the DeepMind Control Suite, `<domain>-<task>`: observes float32 vectors and, unless from state, `image`.
 
-    Rewards are summed over `action_repeat` control steps, of which the last is rendered. Failure: unknown task, no OpenGL.
+    Rewards are summed over `action_repeat` control steps; the last is rendered. Failure: unknown task, no OpenGL.
     """
 
     metadata = {"render_modes": ["rgb_array"]}
@@ -287,7 +291,7 @@ class DeepMindControl(gym.Env):
     def __init__(self, name, obs, image_size, action_repeat):
         self.opengl = choose_opengl()
         if obs != "state" and not self.opengl:
-            raise Failure("rendering needs OpenGL, which is not installed: apt-get install libosmesa6 (or --obs state)")
+            raise Failure(NO_OPENGL)
         try:
             from dm_control import suite as dmc
         except ImportError as error:
@@ -297,15 +301,17 @@ class DeepMindControl(gym.Env):
             tasks = " ".join(f"dmc-{d}-{t}" for d, t in dmc.ALL_TASKS)
             raise Failure(f"unknown task dmc-{name}; there are: {tasks}")
         self.env = dmc.load(domain, task)
-        self.obs, self.action_repeat, self.camera = obs, action_repeat, 2 if domain == "quadruped" else 0
-        self.size = image_size
-        self.env.physics.model.vis.global_.offwidth = self.env.physics.model.vis.global_.offheight = max(image_size, 64)
-        self.env.physics.model.vis.quality.shadowsize = 1024  # the same picture as with 2048, in two thirds of the time
+        self.size, self.action_repeat, self.camera = image_size, action_repeat, 2 if domain == "quadruped" else 0
+        visual = self.env.physics.model.vis
+        visual.global_.offwidth = visual.global_.offheight = image_size
+        visual.quality.shadowsize = 1024  # the same picture as with 2048, in two thirds of the time
         spec = self.env.action_spec()
         self.action_space = gym.spaces.Box(spec.minimum.astype(np.float32), spec.maximum.astype(np.float32))
         spaces = {k: gym.spaces.Box(-np.inf, np.inf, v.shape) for k, v in self.env.observation_spec().items()}
-        image = {"image": gym.spaces.Box(0, 255, (image_size, image_size, 3), np.uint8)}
-        self.observation_space = gym.spaces.Dict((spaces if obs != "pixels" else {}) | (image if obs != "state" else {}))
+        spaces = {} if obs == "pixels" else spaces
+        if obs != "state":
+            spaces["image"] = gym.spaces.Box(0, 255, (image_size, image_size, 3), np.uint8)
+        self.observation_space = gym.spaces.Dict(spaces)
 
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)
@@ -329,19 +335,19 @@ class DeepMindControl(gym.Env):
 
     def render(self):
         if not self.opengl:
-            raise Failure("rendering needs OpenGL, which is not installed: apt-get install libosmesa6")
+            raise Failure(NO_OPENGL)
         return self.env.physics.render(self.size, self.size, camera_id=self.camera)
 
 
 class Adapter(gym.Wrapper):
-    """Any environment -> a dict of images (uint8, H×W×C), vectors (float32) and classes (int64); Box actions in [-1, 1]."""
+    """Any environment -> a dict of images (uint8, H×W×C), vectors (float32), classes (int64); actions in [-1, 1]."""
 
     def __init__(self, env, obs, image_size, action_repeat):
         super().__init__(env)
         self.size, self.repeat = image_size, action_repeat
         space = env.observation_space
         spaces = dict(space.spaces) if isinstance(space, gym.spaces.Dict) else {"observation": space}
-        images = {k for k, v in spaces.items() if isinstance(v, gym.spaces.Box) and v.dtype == np.uint8 and len(v.shape) in (2, 3)}
+        images = {key for key, value in spaces.items() if value.dtype == np.uint8 and len(value.shape) in (2, 3)}
         self.key = None if isinstance(space, gym.spaces.Dict) else "image" if images else "vector"
         if self.key:
             spaces, images = {self.key: space}, {self.key} if images else set()
@@ -381,9 +387,9 @@ class Adapter(gym.Wrapper):
             obs["image"] = self.env.render()
         for key, space in self.observation_space.spaces.items():
             if key in self.images:
-                resized = obs[key].shape[:2] == (self.size, self.size)
-                image = obs[key] if resized else cv2.resize(obs[key], (self.size, self.size), interpolation=cv2.INTER_AREA)
-                obs[key] = image.reshape(space.shape)
+                if obs[key].shape[:2] != space.shape[:2]:
+                    obs[key] = cv2.resize(obs[key], space.shape[:2], interpolation=cv2.INTER_AREA)
+                obs[key] = obs[key].reshape(space.shape)
             elif isinstance(space, gym.spaces.Box):
                 obs[key] = np.asarray(obs[key], np.float32).reshape(space.shape)
             else:
@@ -490,8 +496,9 @@ def make_envs(args, count, first=0):
     probe.close()
     if count == 1 or not pixels:
         return gym.vector.SyncVectorEnv(thunks, autoreset_mode="Disabled")
+    thunks = [ignoring_interrupts(thunk) for thunk in thunks]
     # a forked process must not inherit this one's OpenGL and CUDA
-    return gym.vector.AsyncVectorEnv([ignoring_interrupts(t) for t in thunks], autoreset_mode="Disabled", context="forkserver")
+    return gym.vector.AsyncVectorEnv(thunks, autoreset_mode="Disabled", context="forkserver")
 
 
 def ignoring_interrupts(thunk):
@@ -555,7 +562,8 @@ class Replay:
             with open(f"{self.folder}/{key}.npy", "r+b") as file:
                 try:
                     if hasattr(os, "posix_fallocate"):
-                        os.posix_fallocate(file.fileno(), array.offset + self.reserved * size, (stop - self.reserved) * size)
+                        start = array.offset + self.reserved * size
+                        os.posix_fallocate(file.fileno(), start, (stop - self.reserved) * size)
                 except OSError as error:
                     raise Interrupted(f"no room for the replay in {self.folder} ({error.strerror})") from None
         self.reserved = stop
@@ -633,9 +641,9 @@ def twohot_mean(logit):
 
     The bins reach 4.9e8: summed in symmetric pairs, or the mean would drown in rounding errors.
     """
-    half = logit.shape[-1] // 2
+    bins, half = twohot_bins(logit.shape[-1], logit.device), logit.shape[-1] // 2
     probs = logit.softmax(-1)
-    return (probs[..., half + 1 :] - probs[..., :half].flip(-1)) @ twohot_bins(logit.shape[-1], logit.device)[half + 1 :]
+    return (probs[..., half + 1 :] - probs[..., :half].flip(-1)) @ bins[half + 1 :]
 
 
 def twohot_loss(logit, *targets):
@@ -740,16 +748,17 @@ class Conv(nn.Conv2d):
 
 
 class UpsampleConv(Conv):
-    """Nearest upsampling to twice the size, then a 5×5 convolution; computed before upsampling, with a third of the work.
+    """Nearest upsampling to twice the size, then a 5×5 convolution, without the multiplications by equal values.
 
-    Of the five rows that an output row sees, those that are copies of one input row are summed in the kernel: an even
-    row sees the input rows -1 -1 0 0 1, an odd one -1 0 0 1 1. So there is one 3×3 kernel for each of the four places.
+    Of the five rows that an output row sees, an even one has the input rows -1 -1 0 0 1, an odd one -1 0 0 1 1: kernel
+    rows that meet the same input row are summed first, which leaves a 3×3 kernel for each of the four places.
     """
 
     def __init__(self, inp, out):
         super().__init__(inp, out)
-        even, odd = [[1, 1, 0, 0, 0], [0, 0, 1, 1, 0], [0, 0, 0, 0, 1]], [[1, 0, 0, 0, 0], [0, 1, 1, 0, 0], [0, 0, 0, 1, 1]]
-        self.register_buffer("fold", torch.tensor([even, odd], dtype=torch.float32), persistent=False)
+        even, odd = ["11000", "00110", "00001"], ["10000", "01100", "00011"]
+        fold = torch.tensor([[[float(x) for x in row] for row in rows] for rows in (even, odd)])
+        self.register_buffer("fold", fold, persistent=False)
 
     def forward(self, x):
         weight = torch.einsum("oihw,pyh,qxw->opqiyx", self.weight, self.fold, self.fold).flatten(0, 2)
@@ -844,7 +853,8 @@ class Decoder(nn.Module):
         means = {}
         if self.vectors:
             x = self.layers(feat)
-            means = {k: self.heads[k](x).float().reshape(*x.shape[:2], *vector_shape(self.spaces[k])) for k in self.vectors}
+            for key in self.vectors:
+                means[key] = self.heads[key](x).float().reshape(*x.shape[:2], *vector_shape(self.spaces[key]))
         if self.images:
             deter, stoch = feat.flatten(0, 1).split([self.deter, feat.shape[-1] - self.deter], -1)
             # a block makes all places of its share of the channels
@@ -854,7 +864,8 @@ class Decoder(nn.Module):
             for conv, norm in zip(self.convs, self.norms, strict=True):
                 x = F.silu(norm(conv(x)))
             image = self.output(x).float().sigmoid().unflatten(0, feat.shape[:2])
-            means |= dict(zip(self.images, image.split([self.spaces[k].shape[-1] for k in self.images], -1), strict=True))
+            parts = image.split([self.spaces[key].shape[-1] for key in self.images], -1)
+            means |= zip(self.images, parts, strict=True)
         return means
 
 
@@ -903,31 +914,36 @@ class RSSM(nn.Module):
 
     def initial(self, batch_size):
         """State of zeros: deter (B, D), stoch (B, S, K)."""
-        weight = self.post_out.weight
-        return weight.new_zeros(batch_size, self.args.deter), weight.new_zeros(batch_size, self.args.stoch, self.args.classes)
+        zeros, args = self.post_out.weight.new_zeros, self.args
+        return zeros(batch_size, args.deter), zeros(batch_size, args.stoch, args.classes)
 
     def kernels(self):
-        """Slices of weights, made once for a scan: the mixing layer's for deter, for the inputs from deter and stoch and for
-        that from the action, and the posterior's for deter and for the embedding."""
-        deter, inputs = self.mix.weight.split([self.args.deter // self.args.blocks, 3 * self.args.hidden], 1)
-        inputs = inputs.transpose(0, 1).flatten(1)
-        split = 2 * self.args.hidden
-        post = self.post_in[0].weight
-        return deter, inputs[:split], inputs[split:], post[:, : self.args.deter], post[:, self.args.deter :]
+        """What a scan uses at every step, made once: the parts of the mixing layer for deter, for its two other inputs and
+        for the action, the parts of the gates for reset, candidate and update with their biases, those of the posterior.
+        """
+        args = self.args
+        deter, inputs = self.mix.weight.split([args.deter // args.blocks, 3 * args.hidden], 1)
+        inputs, action = inputs.transpose(0, 1).flatten(1).split([2 * args.hidden, args.hidden])
+        gates = [weight.contiguous() for weight in self.gates.weight.chunk(3, -1)]
+        biases = [bias.contiguous() for bias in self.gates.bias.view(args.blocks, 1, -1).chunk(3, -1)]
+        post, embed = self.post_in[0].weight.T.split([args.deter, self.post_in[0].in_features - args.deter])
+        return dict(deter=deter, inputs=inputs, action=action, gates=gates, biases=biases, post=post, embed=embed)
 
     def action_input(self, action, kernels):
         """The action's share of the mixing layer, for all steps at once: (..., A) -> (..., D)."""
         action = action / action.detach().abs().clamp(min=1)
-        return self.action_in(action) @ kernels[2]
+        return self.action_in(action) @ kernels["action"] + self.mix.bias
 
     def core(self, deter, stoch, action_input, kernels):
-        """deter (B, D), stoch (B, S, K), the action's share (B, D) -> next deter (B, D)."""
+        """Block GRU: deter (B, D), stoch (B, S, K), the action's share (B, D) -> next deter (B, D)."""
+        blocks = lambda x: x.unflatten(-1, (self.args.blocks, -1)).transpose(0, 1)  # noqa: E731
         inputs = torch.cat([self.deter_in(deter), self.stoch_in(stoch.flatten(1))], -1)
-        x = self.mix(deter, kernels[0]).transpose(0, 1).flatten(1) + inputs @ kernels[1] + action_input
-        reset, cand, update = self.gates(F.silu(self.mix_norm(x))).chunk(3, -1)
-        cand = torch.tanh(torch.sigmoid(reset) * cand).transpose(0, 1).flatten(1)
-        update = torch.sigmoid(update - 1).transpose(0, 1).flatten(1)
-        return torch.lerp(deter, cand.float(), update.float())
+        x = torch.bmm(blocks(deter), kernels["deter"]).transpose(0, 1).flatten(1)
+        x = F.silu(self.mix_norm(x + inputs @ kernels["inputs"] + action_input))
+        gates = zip(kernels["biases"], kernels["gates"], strict=True)
+        reset, cand, update = (torch.baddbmm(bias, blocks(x), weight) for bias, weight in gates)
+        cand = torch.tanh(torch.sigmoid(reset) * cand)
+        return torch.lerp(blocks(deter), cand.float(), torch.sigmoid(update - 1).float()).transpose(0, 1).flatten(1)
 
     def logit(self, x):
         """(..., S*K) -> (..., S, K)."""
@@ -945,7 +961,7 @@ class RSSM(nn.Module):
         """One step with an observation -> state, posterior's logits (B, S, K)."""
         deter = self.core(state[0] * mask, state[1] * mask.unsqueeze(-1), action_input, kernels)
         _, norm, activation = self.post_in
-        logit = self.logit(self.post_out(activation(norm(deter @ kernels[3].T + embed_input))))
+        logit = self.logit(self.post_out(activation(norm(deter @ kernels["post"] + embed_input))))
         return (deter, sample_onehot(self.probs(logit), noise)), logit
 
     def img_step(self, state, action, noise, kernels):
@@ -961,7 +977,8 @@ class RSSM(nn.Module):
         """
         kernels = self.kernels()
         mask = 1 - is_first.float().unsqueeze(-1)
-        inputs = self.action_input(action * mask, kernels), embed @ kernels[4].T + self.post_in[0].bias, mask, noise
+        embed = embed @ kernels["embed"] + self.post_in[0].bias
+        inputs = self.action_input(action * mask, kernels), embed, mask, noise
         state, steps = start, []
         for step in zip(*(x.unbind(1) for x in inputs), strict=True):
             state, logit = self.obs_step(state, *step, kernels)
@@ -1011,7 +1028,8 @@ class WorldModel(nn.Module):
         feat = feature(deter, stoch)  # (B, T, F)
         post = self.rssm.probs(logit)  # (B, T, S, K)
         prior = self.rssm.probs(self.rssm.prior(deter))  # (B, T, S, K)
-        losses = {f"recon_loss_{key}": self.recon_loss(key, mean, data[key]) for key, mean in self.decoder(feat).items()}
+        means = self.decoder(feat)
+        losses = {f"recon_loss_{key}": self.recon_loss(key, mean, data[key]) for key, mean in means.items()}
         losses["reward_loss"] = twohot_loss(self.reward_head(feat), data["reward"])  # (B, T)
         # the head learns the discount too; paper: it learns the end alone, and returns are discounted outside
         target = (1 - data["is_terminal"].float()) * (1 - 1 / self.args.discount_horizon)  # (B, T)
@@ -1106,8 +1124,8 @@ class Behaviour(nn.Module):
     def loss(self, world_model, data, deter, stoch, feat, noise):
         """Losses of actor and critic by name, (N, H) and, on the replayed sequences, (B, L); stats.
 
-        Eq. 7 to 12 (arXiv:2301.04104v2); data as for the world model; deter (B, T, D), stoch (B, T, S, K), feat (B, T, F);
-        noise: prior (N, H, S, 1), action (N, R, 1 or A).
+        Eq. 7 to 12 (arXiv:2301.04104v2); data as for the world model; deter (B, T, D), stoch (B, T, S, K), feat
+        (B, T, F); noise: prior (N, H, S, 1), action (N, R, 1 or A).
         """
         args, actor = self.args, self.actor
         with torch.no_grad():
@@ -1149,7 +1167,7 @@ class Behaviour(nn.Module):
         return losses, stats
 
     def scale(self, returns):
-        """What returns are divided by: max(1, range from the 5th to the 95th percentile), Eq. 7 and p. 6; updates it."""
+        """What returns are divided by: max(1, range from the 5th to the 95th percentile), Eq. 7; updates the range."""
         if dist.is_initialized():
             parts = [torch.empty_like(returns) for _ in range(dist.get_world_size())]
             dist.all_gather(parts, returns)
@@ -1216,12 +1234,13 @@ class Agent(nn.Module):
         self.to(device)
         self.trained = [p for p in self.parameters() if p.requires_grad]
         self.optimizer = LaProp(self.trained, args)
-        self.autocast = lambda: torch.autocast(self.device.type, torch.bfloat16, enabled=args.amp and self.device.type == "cuda")
+        amp = args.amp and self.device.type == "cuda"
+        self.autocast = lambda: torch.autocast(self.device.type, torch.bfloat16, enabled=amp)
 
     def replay_spaces(self):
         """What the agent adds to each step of the replay: key -> (shape, dtype)."""
-        args = self.args
-        return {"action": ((self.action_dim,), "float32"), "deter": ((args.deter,), "float32"), "stoch": ((args.stoch,), "uint8")}
+        latents = {"deter": ((self.args.deter,), "float32"), "stoch": ((self.args.stoch,), "uint8")}
+        return {"action": ((self.action_dim,), "float32")} | latents
 
     def initial(self, num_envs):
         """What acting carries from step to step, at the start of an episode: deter, stoch, action (E, A)."""
@@ -1230,7 +1249,7 @@ class Agent(nn.Module):
 
     @torch.no_grad()
     def act(self, obs, carry):
-        """Observations (E, ...) with is_first, what act returned last -> carry: deter, stoch, action (E, A), sampled."""
+        """Observations with is_first of E environments, what it returned last -> deter, stoch, sampled action (E, A)."""
         deter, stoch, action = carry
         with self.autocast():
             embed = self.world_model.encoder({key: value.unsqueeze(1) for key, value in obs.items()})
@@ -1267,7 +1286,8 @@ class Agent(nn.Module):
             losses, deter, stoch, feat, stats = self.world_model.loss(data, start, noise["post"])
             more, more_stats = self.behaviour.loss(self.world_model, data, deter, stoch, feat, noise)
         losses = {name: loss.mean() for name, loss in (losses | more).items()}
-        scales = {"dyn_loss": args.dyn_scale, "rep_loss": args.rep_scale, "replay_critic_loss": args.replay_critic_scale}
+        scales = {"dyn_loss": args.dyn_scale, "rep_loss": args.rep_scale}
+        scales["replay_critic_loss"] = args.replay_critic_scale
         total = sum(scales.get(name, 1.0) * loss for name, loss in losses.items())
         latents = {"deter": deter.detach(), "stoch": stoch.detach().argmax(-1).to(torch.uint8)}
         return losses, total, latents, stats | more_stats
@@ -1335,7 +1355,8 @@ class Dream(gym.Env):
         return self.show(), {"real": self.real}
 
     def see(self, real, state):
-        return self.agent.act(to_tensors({key: np.asarray(x)[None] for key, x in real.items()}, self.agent.device), state)
+        real = {key: np.asarray(value)[None] for key, value in real.items()}
+        return self.agent.act(to_tensors(real, self.agent.device), state)
 
     @torch.no_grad()
     def step(self, action):
@@ -1380,14 +1401,15 @@ def picture(obs):
 
 @torch.no_grad()
 def open_loop(agent, data, context=5):
-    """Video (T, 3·H, W, 3): truth, model and error; the model sees `context` steps (framed) and then only the actions."""
+    """Video (T, 3·H, W, 3): truth, model, error; the model sees `context` steps (framed), then only the actions."""
     model, count = agent.world_model, 4
     data = {key: value[:count] for key, value in data.items()}
     noise = torch.rand(*data["reward"].shape, agent.args.stoch, 1, generator=torch.Generator().manual_seed(0))
     noise = noise.to(agent.device)
     start = data["deter"], F.one_hot(data["stoch"].long(), agent.args.classes).float()
-    inputs = data["action"], data["is_first"]
-    seen = model.rssm.observe(model.encoder(data)[:, :context], *(x[:, :context] for x in inputs), start, noise[:, :context])
+    first = {key: value[:, :context] for key, value in data.items() if value.ndim > 2 or key in ("reward", *FLAGS)}
+    first |= {key: data[key][:, :context] for key in model.spaces}
+    seen = model.rssm.observe(model.encoder(first), first["action"], first["is_first"], start, noise[:, :context])
     feats, state = [feature(*seen[:2])], (seen[0][:, -1], seen[1][:, -1])
     for t in range(context, noise.shape[1]):
         state = model.rssm.img_step(state, data["action"][:, t], noise[:, t], model.rssm.kernels())
@@ -1411,7 +1433,7 @@ def open_loop(agent, data, context=5):
 
 
 class Log:
-    """Scalars and videos -> TensorBoard and metrics.csv (frame, key, value); rows from after a resumed frame are dropped."""
+    """Scalars and videos -> TensorBoard, metrics.csv (frame, key, value); rows after the frame resumed from are dropped."""
 
     def __init__(self, run, frame):
         self.writer = SummaryWriter(run, purge_step=frame or None)
@@ -1435,7 +1457,8 @@ class Log:
         buffer = io.BytesIO()
         images = [Image.fromarray(x).quantize(256, dither=Image.Dither.NONE) for x in frames]
         images[0].save(buffer, "GIF", save_all=True, append_images=images[1:], duration=1000 // fps, loop=0)
-        image = Summary.Image(height=frames.shape[1], width=frames.shape[2], colorspace=3, encoded_image_string=buffer.getvalue())
+        size = dict(height=frames.shape[1], width=frames.shape[2], colorspace=3)
+        image = Summary.Image(**size, encoded_image_string=buffer.getvalue())
         self.writer.file_writer.add_summary(Summary(value=[Summary.Value(tag=key, image=image)]), frame)
 
 
@@ -1516,8 +1539,8 @@ def load(run, args, device):
         raise Failure(f"{run} has no checkpoint.pt: it was stopped before its first save") from None
     except Exception as error:
         raise Failure(f"{run}/checkpoint.pt cannot be read ({type(error).__name__}): is it whole?") from None
-    if not isinstance(state, dict) or state.get("script") != Args().exp_name:
-        raise Failure(f"{run}/checkpoint.pt is not a checkpoint of {Args().exp_name}.py")
+    if not isinstance(state, dict) or state.get("script") != SCRIPT:
+        raise Failure(f"{run}/checkpoint.pt is not a checkpoint of {SCRIPT}.py")
     return state
 
 
@@ -1607,7 +1630,7 @@ def pick_device(args):
 
 def start_log(args, run, frame, agent, replay):
     """Writes and prints the arguments, opens the log."""
-    saved = dataclasses.asdict(args) | {"script": Args().exp_name}
+    saved = dataclasses.asdict(args) | {"script": SCRIPT}
     with open(f"{run}/args.json", "w") as file:
         json.dump(saved, file, indent=1)
     if args.track:
@@ -1696,7 +1719,7 @@ def train(args):
         if world > 1:
             dist.gather_object(mine, everyone if rank == 0 else None)
         if rank == 0:
-            state = dict(script=Args().exp_name, agent=agent.state_dict(), step=step, updates=updates, due_from=due_from)
+            state = dict(script=SCRIPT, agent=agent.state_dict(), step=step, updates=updates, due_from=due_from)
             save(f"{run}/checkpoint.pt", state | dict(processes=everyone if world > 1 else [mine]))
 
     signals = []

@@ -1,0 +1,121 @@
+"""What the tests share: the scripts that are there, flags that make them tiny, and how to run one as a user does."""
+
+import csv
+import importlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+TESTS = Path(__file__).resolve().parent
+sys.path[:0] = [str(ROOT), str(TESTS)]
+
+ALL = ("worldmodels_v1", "planet", "dreamer_v1", "dreamer_v2", "dreamer_v3", "genie")
+SCRIPTS = [name for name in ALL if (ROOT / f"{name}.py").exists()]
+TINY = {
+    "dreamer_v3": "--size 1m --deter 64 --hidden 16 --classes 4 --units 16 --depth 2 --stoch 4 --blocks 4 --decoder-blocks 4 "
+    "--bins 15 --batch-size 4 --batch-length 8 --imagination-horizon 3 --train-ratio 8 --warmup 10 --learning-rate 1e-3",
+}
+QUIET = "--eval-every 0 --log-every 20 --no-cuda"  # no evaluation, frequent rows of metrics
+
+
+def tiny(script):
+    """Flags of a run whose model, batch and log interval are tiny."""
+    return TINY[script.__name__].split() + QUIET.split()
+
+
+def command(script, *args, patch=None):
+    """Command line that runs a script with `args`; `patch` is code run before, with the script imported as `s`."""
+    args = [str(arg) for arg in args]
+    if patch is None:
+        return [sys.executable, str(ROOT / f"{script.__name__}.py"), *args]
+    return [sys.executable, "-c", f"import {script.__name__} as s\n{patch}\ns.main()", *args]
+
+
+def environment(**env):
+    path = os.pathsep.join(filter(None, [str(ROOT), str(TESTS), os.environ.get("PYTHONPATH")]))
+    return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path} | env
+
+
+def run_script(script, *args, cwd, code=0, timeout=120, patch=None, **env):
+    """Runs a script as a user does and checks its exit code -> completed process."""
+    result = subprocess.run(
+        command(script, *args, patch=patch), cwd=cwd, env=environment(**env), capture_output=True, text=True, timeout=timeout
+    )
+    assert result.returncode == code, f"exit code {result.returncode}\n{result.stdout}\n{result.stderr}"
+    return result
+
+
+def start_script(script, *args, cwd, until="losses/", timeout=120, **env):
+    """Starts a script, in a process group of its own, and returns it once `until` is in its metrics."""
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    process, limit = subprocess.Popen(command(script, *args), cwd=cwd, env=environment(**env), **pipes), time.time() + timeout
+    while not any(until in path.read_text() for path in Path(cwd).glob("runs/*/metrics.csv")):
+        if time.time() > limit or process.poll() is not None:
+            os.killpg(process.pid, signal.SIGKILL)
+            raise AssertionError(process.communicate())
+        time.sleep(0.05)
+    return process
+
+
+def only_run(folder):
+    """The one run directory under `folder`."""
+    (run,) = Path(folder, "runs").iterdir()
+    return run
+
+
+def checkpoint(run):
+    return torch.load(run / "checkpoint.pt", weights_only=True)
+
+
+def metrics(run):
+    """Rows of metrics.csv but for speed."""
+    with open(run / "metrics.csv", newline="") as file:
+        return [row for row in csv.reader(file) if row[1] != "charts/SPS"]
+
+
+def lines(stderr):
+    """Lines on stderr without those of the progress bar and of the Atari emulator's banner."""
+    parts = [line.strip() for part in stderr.split("\n") for line in part.split("\r")]
+    noise = ("frames/s", "?frames", "A.L.E: Arcade", "[Powered by Stella]")
+    return [line for line in parts if line and not any(word in line for word in noise)]
+
+
+def one_line(script, result, *words):
+    """Checks that the only line on stderr comes from the script and holds all words."""
+    (line,) = lines(result.stderr)
+    assert line.startswith(f"{script.__name__}.py: "), line
+    assert all(word in line for word in words), line
+
+
+@pytest.fixture
+def refused(capsys):
+    """Calls a script's main in this process -> its only line on stderr; the exit code must be 2."""
+
+    def call(script, *args):
+        with pytest.raises(SystemExit) as error:
+            script.main([str(arg) for arg in args])
+        assert error.value.code == 2
+        (line,) = lines(capsys.readouterr().err)
+        assert line.startswith(f"{script.__name__}.py: ")
+        return line
+
+    return call
+
+
+@pytest.fixture(params=SCRIPTS)
+def script(request):
+    """Each of the scripts, as a module."""
+    return importlib.import_module(request.param)
+
+
+@pytest.fixture
+def house():
+    """One script, for code that is the same in all of them."""
+    return importlib.import_module(SCRIPTS[-1])

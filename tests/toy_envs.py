@@ -1,0 +1,100 @@
+"""Small environments for the tests: `--env-id toy_envs:<id>`."""
+
+import os
+
+import gymnasium as gym
+import numpy as np
+from gymnasium import spaces
+
+IMAGE = spaces.Box(0, 255, (16, 16, 3), np.uint8)
+VECTOR = spaces.Box(-1, 1, (3,), np.float32)
+
+
+class Toy(gym.Env):
+    """Counts its steps; its episodes end after `length` of them; observation and action spaces as given."""
+
+    metadata = {"render_modes": ["rgb_array"], "render_fps": 30}
+
+    def __init__(self, render_mode=None, observation=VECTOR, action=None, length=20, trouble=None, truncate=False):
+        self.render_mode, self.length, self.trouble, self.truncate = render_mode, length, trouble, truncate
+        self.observation_space, self.action_space = observation, action or spaces.Discrete(2)
+        self.actions = []
+
+    def value(self, space):
+        """An observation that follows from seed, step and action."""
+        if isinstance(space, spaces.Dict):
+            return {key: self.value(part) for key, part in space.items()}
+        if isinstance(space, spaces.Discrete):
+            return space.start + self.count % space.n
+        if isinstance(space, spaces.Text):
+            return "text"
+        number = self.number + self.count + int(np.sum(self.actions[-1:]))
+        if space.dtype == np.uint8:
+            return np.random.default_rng(number).integers(0, 256, space.shape, np.uint8)
+        return np.full(space.shape, np.sin(number), space.dtype)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.count, self.number = 0, int(self.np_random.integers(100))
+        if self.trouble == "random":
+            self.number = int.from_bytes(os.urandom(4), 'big')
+        return self.value(self.observation_space), {}
+
+    def step(self, action):
+        self.count += 1
+        self.actions.append(action)
+        reward, over = float(self.count), self.count >= self.length
+        if os.environ.get("TROUBLE") and os.path.exists("go") and self.count == 10:
+            if self.trouble == "exit":
+                os._exit(1)
+            if self.trouble == "raise":
+                raise ValueError("the robot fell\nover")
+            if self.trouble == "nan":
+                reward = float("nan")
+        return self.value(self.observation_space), reward, over and not self.truncate, over and self.truncate, {}
+
+    def render(self):
+        return np.full((24, 32, 3), self.count, np.uint8)
+
+
+class NoRender(Toy):
+    """Knows nothing of rendering, as older environments do."""
+
+    metadata = {}
+
+    def __init__(self):
+        super().__init__()
+
+
+MIXED = spaces.Dict(
+    {
+        "front": IMAGE,
+        "back": spaces.Box(0, 255, (20, 24), np.uint8),
+        "arm": VECTOR,
+        "legs": spaces.Box(-np.inf, np.inf, (2, 2), np.float64),
+        "height": spaces.Box(-np.inf, np.inf, (), np.float32),
+        "mode": spaces.Discrete(3, start=1),
+    }
+)
+LOW, HIGH = np.array([-2, 0, -np.inf], np.float32), np.array([2, 10, np.inf], np.float32)
+
+
+def register(name, entry="toy_envs:Toy", **options):
+    gym.register(name, entry_point=entry, kwargs=options, disable_env_checker=True)
+
+
+register("Vector-v0")
+register("NoRender-v0", "toy_envs:NoRender")
+register("Cut-v0", truncate=True)
+register("Mixed-v0", observation=MIXED)
+register("Gray-v0", observation=spaces.Box(0, 255, (20, 24), np.uint8))
+register("Image-v0", observation=IMAGE)
+register("Class-v0", observation=spaces.Discrete(4, start=2))
+register("Bounds-v0", action=spaces.Box(LOW, HIGH))
+register("Start-v0", action=spaces.Discrete(3, start=5))
+register("BadAction-v0", action=spaces.MultiDiscrete([2, 2]))
+register("BadObservation-v0", observation=spaces.Text(5))
+register("BadPart-v0", observation=spaces.Dict({"a": VECTOR, "b": spaces.Text(5)}))
+for trouble in ("exit", "raise", "nan", "random"):
+    register(f"{trouble.capitalize()}-v0", trouble=trouble)
+    register(f"{trouble.capitalize()}Image-v0", trouble=trouble, observation=IMAGE)
