@@ -29,7 +29,7 @@ state and 1M from pixels), which PRESETS["dmc"] follows so that ours can be laid
 configuration (DMC: action repeat 1, 1m and ratio 1024 from state, 200m and ratio 256 from pixels), reached by
 `--action-repeat 1 --size 1m --train-ratio 1024` or `--action-repeat 1 --size 200m --train-ratio 256`.
 
-Not copied from the authors' code: latents are written back at once, not one update late; from state nothing is rendered.
+Not copied from the authors' code: latents are written back at once, not an update late; from state nothing is rendered.
 
 Shapes: B batch, T time, H imagination horizon, N = B*T starts of imagination, A action, D deter, S stoch variables,
 K classes of each, E embed, F = D + S*K feat, G blocks, R = H + 1, L = T - 1, X bins. Arrays are (B, T, ...).
@@ -37,6 +37,7 @@ K classes of each, E embed, F = D + S*K feat, G blocks, R = H + 1, L = T - 1, X 
 
 import base64
 import csv
+import ctypes
 import dataclasses
 import http.server
 import io
@@ -64,6 +65,7 @@ import torch.nn.functional as F
 import tyro
 from PIL import Image
 from torch import nn
+from torch.utils._pytree import tree_map
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import Summary
 from tqdm import tqdm
@@ -280,7 +282,7 @@ def choose_opengl():
 
 
 class DeepMindControl(gym.Env):
-    """A task of the DeepMind Control Suite, `<domain>-<task>`: observes float32 vectors and, unless from state, `image`.
+    """A task of the DeepMind Control Suite, `<domain>-<task>`: observes float32 vectors, `image`, or both.
 
     Rewards are summed over `action_repeat` control steps; the last is rendered. Failure: unknown task, no OpenGL.
     """
@@ -527,7 +529,7 @@ class Replay:
 
     def __init__(self, folder, spaces, num_envs, capacity, length):
         self.folder, self.num_envs, self.length = folder, num_envs, length
-        self.capacity = -(-capacity // num_envs)
+        self.capacity = capacity
         self.count, self.reserved, self.fresh = 0, 0, []
         if self.capacity < length + 1:
             raise Failure(f"--batch-length {length}: the replay holds only {self.capacity} steps of each environment")
@@ -582,23 +584,24 @@ class Replay:
         """Number of sequences that can be sampled."""
         return max(0, min(self.count, self.capacity) - self.length) * self.num_envs
 
-    def sample(self, batch_size, rng, fresh=True):
-        """Sequences -> (key -> array (B, T, ...), with the latents (B, ...) of the step before), where they are.
+    def draw(self, count, rng):
+        """Starts of sequences, uniformly, over the ends of episodes: (count, 2), step and stream."""
+        steps = rng.integers(max(0, self.count - self.capacity), self.count - self.length, count)
+        return np.stack([steps, rng.integers(self.num_envs, size=count)], 1)
 
-        Fresh ones first, then uniformly; a sequence runs over the ends of episodes.
-        """
-        oldest, starts = max(0, self.count - self.capacity), []
-        if fresh:
-            starts = [start for start in self.fresh if start[0] >= oldest][:batch_size]
-            self.fresh = self.fresh[batch_size:]
-        while len(starts) < batch_size:
-            starts.append([int(rng.integers(oldest, self.count - self.length)), int(rng.integers(self.num_envs))])
-        starts = np.array(starts)
+    def get(self, starts):
+        """Sequences -> key -> array (B, T, ...), with the latents (B, ...) of the step before them; where they are."""
         rows, env = (starts[:, :1] + np.arange(self.length + 1)) % self.capacity, starts[:, 1:]
         index = rows[:, 1:], env
         data = {key: array[index] for key, array in self.arrays.items() if key not in LATENTS}
         data["is_last"][:, :-1] |= data["is_first"][:, 1:]  # an episode that was left
         return data | {key: self.arrays[key][rows[:, 0], env[:, 0]] for key in LATENTS}, index
+
+    def sample(self, batch_size, rng):
+        """A batch, as `get` returns it: fresh sequences first."""
+        oldest = max(0, self.count - self.capacity)
+        fresh, self.fresh = [x for x in self.fresh[:batch_size] if x[0] >= oldest], self.fresh[batch_size:]
+        return self.get(np.concatenate([np.array(fresh, int).reshape(-1, 2), self.draw(batch_size - len(fresh), rng)]))
 
     def write(self, index, values):
         """Puts newer latents in the place of those that `sample` returned: key -> array (B, T, ...)."""
@@ -918,9 +921,8 @@ class RSSM(nn.Module):
         return zeros(batch_size, args.deter), zeros(batch_size, args.stoch, args.classes)
 
     def kernels(self):
-        """What a scan uses at every step, made once: the parts of the mixing layer for deter, for its two other inputs and
-        for the action, the parts of the gates for reset, candidate and update with their biases, those of the posterior.
-        """
+        """What a scan uses at every step, made once: parts of the mixing layer for deter, for its inputs from deter and
+        stoch and for the action, parts of the gates for reset, candidate and update, parts of the posterior's layer."""
         args = self.args
         deter, inputs = self.mix.weight.split([args.deter // args.blocks, 3 * args.hidden], 1)
         inputs, action = inputs.transpose(0, 1).flatten(1).split([2 * args.hidden, args.hidden])
@@ -1242,19 +1244,25 @@ class Agent(nn.Module):
         latents = {"deter": ((self.args.deter,), "float32"), "stoch": ((self.args.stoch,), "uint8")}
         return {"action": ((self.action_dim,), "float32")} | latents
 
+    def replay_values(self, carry):
+        """What it adds, from what acting carries."""
+        return {"deter": carry[0].cpu(), "stoch": carry[1].argmax(-1).cpu()}
+
     def initial(self, num_envs):
         """What acting carries from step to step, at the start of an episode: deter, stoch, action (E, A)."""
         state = self.world_model.rssm.initial(num_envs)
         return *state, torch.zeros(num_envs, self.action_dim, device=self.device)
 
     @torch.no_grad()
-    def act(self, obs, carry):
-        """Observations with is_first of E environments, what it returned last -> deter, stoch, sampled action (E, A)."""
+    def act(self, obs, carry, training=True):
+        """Observations with is_first of E environments, what it returned last -> deter, stoch, action (E, A).
+
+        [C6] Evaluation samples actions too.
+        """
         deter, stoch, action = carry
         with self.autocast():
             embed = self.world_model.encoder({key: value.unsqueeze(1) for key, value in obs.items()})
-            noise = self.draw(*stoch.shape[:1], 1, self.args.stoch, 1)
-            steps = action.unsqueeze(1), obs["is_first"].unsqueeze(1), (deter, stoch), noise
+            steps = action.unsqueeze(1), obs["is_first"].unsqueeze(1), (deter, stoch), self.latent_noise(len(action), 1)
             deter, stoch, _ = (x.squeeze(1) for x in self.world_model.rssm.observe(embed, *steps))
             policy = self.behaviour.actor(feature(deter, stoch))
             return deter, stoch, self.behaviour.actor.sample(policy, self.action_noise(len(action)))
@@ -1263,27 +1271,31 @@ class Agent(nn.Module):
         """Actions (E, A) -> what the environments take: (E,) or (E, A)."""
         return (action.argmax(-1) if self.discrete else action).cpu().numpy()
 
-    def draw(self, *shape):
-        return torch.rand(shape, device=self.device)
+    def latent_noise(self, *shape, generator=None):
+        """What one state's sample takes: uniform (..., S, 1)."""
+        device = self.device if generator is None else "cpu"
+        return torch.rand(*shape, self.args.stoch, 1, generator=generator, device=device).to(self.device)
 
     def action_noise(self, *shape):
-        return self.draw(*shape, 1) if self.discrete else torch.randn(*shape, self.action_dim, device=self.device)
+        """What one action's sample takes: uniform (..., 1) or normal (..., A)."""
+        draw, size = (torch.rand, 1) if self.discrete else (torch.randn, self.action_dim)
+        return draw(*shape, size, device=self.device)
 
     def noise(self, B, T):
-        """All random numbers of one update, drawn at once."""
-        H, S = self.args.imagination_horizon, self.args.stoch
-        return {
-            "post": self.draw(B, T, S, 1),  # (B, T, S, 1)
-            "prior": self.draw(B * T, H, S, 1),  # (N, H, S, 1)
-            "action": self.action_noise(B * T, H + 1),
-        }
+        """All random numbers of one update: post (B, T, S, 1), prior (N, H, S, 1), action (N, R, 1 or A)."""
+        H = self.args.imagination_horizon
+        noise = {"post": self.latent_noise(B, T), "prior": self.latent_noise(B * T, H)}
+        return noise | {"action": self.action_noise(B * T, H + 1)}
+
+    def start(self, data):
+        """The state before a sequence, from the latents that the replay holds."""
+        return data["deter"], F.one_hot(data["stoch"].long(), self.args.classes).float()
 
     def loss(self, data, noise):
         """Batch and noise -> losses (means, by name), the scaled sum, the new latents, stats."""
         args = self.args
-        start = data["deter"], F.one_hot(data["stoch"].long(), args.classes).float()
         with self.autocast():
-            losses, deter, stoch, feat, stats = self.world_model.loss(data, start, noise["post"])
+            losses, deter, stoch, feat, stats = self.world_model.loss(data, self.start(data), noise["post"])
             more, more_stats = self.behaviour.loss(self.world_model, data, deter, stoch, feat, noise)
         losses = {name: loss.mean() for name, loss in (losses | more).items()}
         scales = {"dyn_loss": args.dyn_scale, "rep_loss": args.rep_scale}
@@ -1328,9 +1340,9 @@ def average(tensors):
 class Dream(gym.Env):
     """The learned world model as a Gymnasium environment, for any agent and for `gymnasium.utils.play`.
 
-    It starts in the state of the model after `context` steps of the real environment; then every step is imagined.
-    Observations are the decoded ones; info["real"] holds what the real environment shows after the same actions, as
-    long as its episode lasts. The episode ends where the continue head says so, or is cut after `length` steps.
+    It starts in the model's state after `context` steps of the real environment; every step from there is imagined.
+    Observations are decoded; info["real"] is what the real environment shows after the same actions, while its episode
+    lasts. The dream ends where the continue head says so, or is cut after `length` steps.
     """
 
     metadata = {"render_modes": ["rgb_array"], "render_fps": 15}
@@ -1344,40 +1356,37 @@ class Dream(gym.Env):
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)
         self.generator = torch.Generator().manual_seed(int(self.np_random.integers(2**31)))
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng():
             torch.manual_seed(self.generator.initial_seed())
-            real = self.env.reset(seed=int(self.np_random.integers(2**31)))[0]
-            self.state = self.see(real, self.agent.initial(1))
-            for _ in range(self.context):
-                real = self.env.step(self.agent.env_action(self.state[2])[0])[0]
-                self.state = self.see(real, self.state)
-        self.real, self.steps = real, 0
-        return self.show(), {"real": self.real}
-
-    def see(self, real, state):
-        real = {key: np.asarray(value)[None] for key, value in real.items()}
-        return self.agent.act(to_tensors(real, self.agent.device), state)
+            self.real, self.state = self.env.reset(seed=int(self.np_random.integers(2**31)))[0], self.agent.initial(1)
+            for step in range(self.context + 1):
+                obs = {key: np.asarray(value)[None] for key, value in self.real.items()}
+                self.state = self.agent.act(to_tensors(obs, self.agent.device), self.state)
+                if step < self.context:
+                    self.real = self.env.step(self.agent.env_action(self.state[2])[0])[0]
+        self.steps = 0
+        return self.observation(), {"real": self.real}
 
     @torch.no_grad()
     def step(self, action):
         """An action of the environment's action space."""
-        model, self.steps = self.agent.world_model, self.steps + 1
-        action = torch.as_tensor(np.asarray(action), device=self.agent.device)
-        action = F.one_hot(action, self.agent.action_dim) if self.agent.discrete else action
-        noise = torch.rand(1, self.agent.args.stoch, 1, generator=self.generator).to(self.agent.device)
-        state = model.rssm.img_step(self.state[:2], action.float()[None], noise, model.rssm.kernels())
-        self.state = *state, action.float()[None]
+        model, agent = self.agent.world_model, self.agent
+        action = torch.as_tensor(np.asarray(action), device=agent.device)
+        action = (F.one_hot(action, agent.action_dim) if agent.discrete else action).float().unsqueeze(0)
+        noise = agent.latent_noise(1, generator=self.generator)
+        self.state = *model.rssm.img_step(self.state[:2], action, noise, model.rssm.kernels()), action
         if not self.real["is_last"]:
-            self.real = self.env.step(self.agent.env_action(self.state[2])[0])[0]
-        feat = feature(*state)
-        terminated = bool(model.cont(feat) < 0.5)
-        return self.show(), float(model.reward(feat)), terminated, self.steps >= self.length, {"real": self.real}
+            self.real = self.env.step(agent.env_action(action)[0])[0]
+        self.steps += 1
+        feat = feature(*self.state[:2])
+        over = bool(model.cont(feat) < 0.5), self.steps >= self.length
+        return self.observation(), model.reward(feat).item(), *over, {"real": self.real}
 
     @torch.no_grad()
-    def show(self):
-        feat = feature(*self.state[:2])
-        obs = {k: v[0, 0].cpu().numpy() for k, v in self.agent.world_model.decode(feat[:, None]).items()}
-        self.obs = {k: np.int64(v) if v.dtype == np.int64 else v for k, v in obs.items()}
+    def observation(self):
+        feat = feature(*self.state[:2]).unsqueeze(1)
+        decoded = self.agent.world_model.decode(feat)
+        self.obs = {key: value[0, 0].cpu().numpy()[()] for key, value in decoded.items()}
         return self.obs
 
     def render(self):
@@ -1388,43 +1397,37 @@ def picture(obs):
     """An observation as a picture (H, W, 3): its images side by side or, if there are none, its vectors as bars."""
     images = [obs[key] for key in sorted(obs) if np.ndim(obs[key]) == 3]
     if images:
-        images = [i[..., :3] if i.shape[-1] >= 3 else np.repeat(i[..., :1], 3, -1) for i in images]
-        return np.ascontiguousarray(np.concatenate(images, 1))
+        return np.concatenate([x[..., :3] if x.shape[-1] >= 3 else np.repeat(x[..., :1], 3, -1) for x in images], 1)
     values = np.concatenate([np.ravel(obs[key]).astype(np.float32) for key in sorted(obs) if key not in FLAGS])
     canvas = np.full((64, max(64, 4 * len(values)), 3), 255, np.uint8)
-    canvas[32] = 200
-    for i, value in enumerate(np.tanh(values / 2)):
-        top, bottom = sorted([32, 32 - int(round(31 * value))])
-        canvas[top : bottom + 1, 4 * i : 4 * i + 3] = (60, 90, 160)
+    for i, height in enumerate(np.rint(31 * np.tanh(values / 2)).astype(int)):
+        canvas[32 - max(height, 0) : 33 - min(height, 0), 4 * i : 4 * i + 3] = (60, 90, 160)
     return canvas
 
 
 @torch.no_grad()
 def open_loop(agent, data, context=5):
     """Video (T, 3·H, W, 3): truth, model, error; the model sees `context` steps (framed), then only the actions."""
-    model, count = agent.world_model, 4
-    data = {key: value[:count] for key, value in data.items()}
-    noise = torch.rand(*data["reward"].shape, agent.args.stoch, 1, generator=torch.Generator().manual_seed(0))
-    noise = noise.to(agent.device)
-    start = data["deter"], F.one_hot(data["stoch"].long(), agent.args.classes).float()
-    first = {key: value[:, :context] for key, value in data.items() if value.ndim > 2 or key in ("reward", *FLAGS)}
-    first |= {key: data[key][:, :context] for key in model.spaces}
-    seen = model.rssm.observe(model.encoder(first), first["action"], first["is_first"], start, noise[:, :context])
-    feats, state = [feature(*seen[:2])], (seen[0][:, -1], seen[1][:, -1])
+    model = agent.world_model
+    noise = agent.latent_noise(*data["reward"].shape, generator=torch.Generator().manual_seed(0))
+    seen = model.encoder(data), data["action"], data["is_first"]
+    seen = model.rssm.observe(*(x[:, :context] for x in seen), agent.start(data), noise[:, :context])
+    state, feats = (seen[0][:, -1], seen[1][:, -1]), [feature(*seen[:2])]
     for t in range(context, noise.shape[1]):
         state = model.rssm.img_step(state, data["action"][:, t], noise[:, t], model.rssm.kernels())
         feats.append(feature(*state).unsqueeze(1))
     dream = {key: value.cpu().numpy() for key, value in model.decode(torch.cat(feats, 1)).items()}
+    truth = {key: data[key].cpu().numpy() for key in dream}
     video = []
     for t in range(noise.shape[1]):
         columns = []
-        for b in range(count):
-            truth = picture({key: data[key][b, t].cpu().numpy() for key in dream})
-            model_ = picture({key: dream[key][b, t] for key in dream})
-            error = ((model_.astype(np.int16) - truth + 255) // 2).astype(np.uint8)
+        for b in range(noise.shape[0]):
+            true, dreamt = (picture({key: value[b, t] for key, value in obs.items()}) for obs in (truth, dream))
+            error = ((dreamt.astype(np.int16) - true + 255) // 2).astype(np.uint8)
             if t < context:
-                truth[:2], truth[:, :2], model_[:2], model_[:, :2] = 4 * [[60, 180, 75]]
-            columns.append(np.concatenate([truth, model_, error]))
+                for frame in (true, dreamt):
+                    frame[:2], frame[-2:], frame[:, :2], frame[:, -2:] = [[60, 180, 75]] * 4
+            columns.append(np.concatenate([true, dreamt, error]))
         video.append(np.concatenate(columns, 1))
     return np.stack(video)
 
@@ -1433,29 +1436,28 @@ def open_loop(agent, data, context=5):
 
 
 class Log:
-    """Scalars and videos -> TensorBoard, metrics.csv (frame, key, value); rows after the frame resumed from are dropped."""
+    """Scalars and videos -> TensorBoard and metrics.csv (frame, key, value); later rows than `frame` are dropped."""
 
     def __init__(self, run, frame):
-        self.writer = SummaryWriter(run, purge_step=frame or None)
-        path, rows = f"{run}/metrics.csv", []
+        self.writer = SummaryWriter(run, purge_step=frame + 1)
+        path, rows = f"{run}/metrics.csv", [["frame", "key", "value"]]
         if os.path.exists(path):
             with open(path, newline="") as file:
-                rows = [row for row in list(csv.reader(file))[1:] if len(row) == 3 and int(row[0]) <= frame]
+                rows += [row for row in csv.reader(file) if len(row) == 3 and row[0].isdigit() and int(row[0]) <= frame]
         self.file = open(path, "w", newline="")
         self.csv = csv.writer(self.file)
-        self.csv.writerows([["frame", "key", "value"], *rows])
+        self.csv.writerows(rows)
         self.file.flush()
 
     def scalars(self, frame, values):
         for key, value in values.items():
             self.writer.add_scalar(key, value, frame)
-            self.csv.writerow([frame, key, repr(float(value))])
+            self.csv.writerow([frame, key, float(value)])
         self.file.flush()
 
     def video(self, frame, key, frames, fps=15):
-        """(T, H, W, 3) as an animated GIF."""
-        buffer = io.BytesIO()
-        images = [Image.fromarray(x).quantize(256, dither=Image.Dither.NONE) for x in frames]
+        """(T, H, W, 3), which TensorBoard shows as an animated GIF."""
+        buffer, images = io.BytesIO(), [Image.fromarray(x).quantize(256, dither=Image.Dither.NONE) for x in frames]
         images[0].save(buffer, "GIF", save_all=True, append_images=images[1:], duration=1000 // fps, loop=0)
         size = dict(height=frames.shape[1], width=frames.shape[2], colorspace=3)
         image = Summary.Image(**size, encoded_image_string=buffer.getvalue())
@@ -1463,41 +1465,43 @@ class Log:
 
 
 def write_mp4(path, frames, fps=30):
-    """(T, H, W, 3) -> mp4 file."""
+    """Pictures (H, W, 3) -> mp4 file, enlarged to at least 256 lines."""
     import av
 
     os.makedirs(os.path.dirname(path), exist_ok=True)
+    zoom = -(-256 // frames[0].shape[0])
     with av.open(path, "w") as file:
-        stream = file.add_stream("libx264", rate=fps, options={"crf": "18"})
-        height, width = frames[0].shape[:2]
-        zoom = max(1, 256 // height)
-        stream.height, stream.width = height * zoom // 2 * 2, width * zoom // 2 * 2
+        stream = file.add_stream("libx264", rate=fps)
+        stream.height, stream.width = (zoom * size // 2 * 2 for size in frames[0].shape[:2])
         for frame in frames:
-            frame = np.repeat(np.repeat(frame, zoom, 0), zoom, 1)[: stream.height, : stream.width]
+            frame = frame.repeat(zoom, 0).repeat(zoom, 1)[: stream.height, : stream.width]
             file.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), "rgb24")))
         file.mux(stream.encode())
+    print(path)
 
 
 def to_tensors(values, device):
     """Arrays by key -> tensors on the device."""
     tensors = {key: torch.from_numpy(np.ascontiguousarray(value)) for key, value in values.items()}
     if device.type == "cuda":
-        tensors = {key: tensor.pin_memory() for key, tensor in tensors.items()}
-    return {key: tensor.to(device, non_blocking=True) for key, tensor in tensors.items()}
+        tensors = {key: tensor.pin_memory().to(device, non_blocking=True) for key, tensor in tensors.items()}
+    return tensors
 
 
 class Graph:
-    """A function of a dict of tensors and of tensors, as a CUDA graph: its first three calls run as they are, then it is
-    captured once and replayed. Without a GPU the function itself. Outputs are overwritten by the next call."""
+    """A function of tensors as a CUDA graph: three calls run as they are, then it is captured once and replayed.
 
-    def __init__(self, function, device, enabled=True):
-        self.function, self.calls = function, 0 if device.type == "cuda" and enabled else -(10**18)
+    Outputs are overwritten by the next call. On a CPU it is the function itself.
+    """
+
+    def __init__(self, function, device):
+        self.function, self.device, self.calls = function, device, 0
 
     def __call__(self, *inputs):
-        self.calls += 1
-        if self.calls < 0:
+        if self.device.type != "cuda":
             return self.function(*inputs)
-        if self.calls <= 3:  # lazy initialisations, on the stream kind that captures
+        self.calls += 1
+        if self.calls <= 3:  # what is initialised or compiled at first use, on a side stream as capturing asks
             stream = torch.cuda.Stream()
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
@@ -1505,40 +1509,36 @@ class Graph:
             torch.cuda.current_stream().wait_stream(stream)
             return outputs
         if self.calls == 4:
-            self.inputs = torch.utils._pytree.tree_map(torch.clone, inputs)
-            self.graph = torch.cuda.CUDAGraph()
+            self.inputs, self.graph = tree_map(torch.clone, inputs), torch.cuda.CUDAGraph()
             with torch.cuda.graph(self.graph):
                 self.outputs = self.function(*self.inputs)
-        torch.utils._pytree.tree_map(lambda mine, new: mine.copy_(new, non_blocking=True), self.inputs, inputs)
+        tree_map(lambda mine, new: mine.copy_(new, non_blocking=True), self.inputs, inputs)
         self.graph.replay()
         return self.outputs
 
 
 def save(path, state):
-    """A checkpoint that is there whole or not at all: temporary file, fsync, rename. Failure if it cannot be written."""
+    """A checkpoint is there whole or not at all: temporary file, fsync, rename. Failure if it cannot be written."""
     try:
         with open(f"{path}.tmp", "wb") as file:
             torch.save(state, file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(f"{path}.tmp", path)
-        folder = os.open(os.path.dirname(path), os.O_RDONLY)
-        os.fsync(folder)
-        os.close(folder)
     except (OSError, RuntimeError) as error:
         if os.path.exists(f"{path}.tmp"):
             os.remove(f"{path}.tmp")
         raise Failure(f"cannot write {path} ({error}): make room; the checkpoint before it is kept") from None
 
 
-def load(run, args, device):
+def load(run, device):
     """The checkpoint of a run. Failure if it is missing, cut short or not of this script."""
     try:
         state = torch.load(f"{run}/checkpoint.pt", map_location=device, weights_only=True)
     except FileNotFoundError:
         raise Failure(f"{run} has no checkpoint.pt: it was stopped before its first save") from None
     except Exception as error:
-        raise Failure(f"{run}/checkpoint.pt cannot be read ({type(error).__name__}): is it whole?") from None
+        raise Failure(f"{run}/checkpoint.pt cannot be read, it is not whole ({type(error).__name__})") from None
     if not isinstance(state, dict) or state.get("script") != SCRIPT:
         raise Failure(f"{run}/checkpoint.pt is not a checkpoint of {SCRIPT}.py")
     return state
@@ -1548,45 +1548,7 @@ def load_agent(agent, state):
     try:
         agent.load_state_dict(state["agent"])
     except RuntimeError as error:
-        raise Failure(f"the checkpoint does not fit this model: {str(error).splitlines()[1].strip()}") from None
-
-
-def evaluate(agent, args, seed, frames=None):
-    """Returns of `eval_episodes` episodes, one in each of as many environments; pictures of the first go to `frames`."""
-    envs = make_envs(args, args.eval_episodes)
-    obs = envs.reset(seed=[seed] * envs.num_envs)[0]
-    carry, returns, over = agent.initial(envs.num_envs), np.zeros(envs.num_envs), np.zeros(envs.num_envs, bool)
-    while not over.all():
-        if frames is not None and not over[0]:
-            seen = {key: value[0] for key, value in obs.items()}
-            images = any(np.ndim(value) == 3 for value in seen.values())
-            frames.append(picture(seen) if images else np.array(envs.call("render")[0]))
-        carry = agent.act(to_tensors(obs, agent.device), carry)
-        obs, reward, *_ = envs.step(agent.env_action(carry[2]))
-        returns += np.where(over, 0, reward)
-        over |= obs["is_last"].astype(bool)
-    envs.close()
-    return returns
-
-
-def restore_envs(envs, replay, agent, episodes, lengths):
-    """Brings the environments back to where the replay ends, by their episodes' seeds and the actions taken since.
-
-    One that does not come back to the observation it had is not deterministic: it starts a fresh episode.
-    """
-    states = {}
-    for env, (episode, length) in enumerate(zip(episodes, lengths, strict=True)):
-        rows = np.arange(replay.count - int(length), replay.count) % replay.capacity
-        action = torch.from_numpy(replay.arrays["action"][rows, env])
-        states[episode[0]] = (*episode[1:], agent.env_action(action))
-    row = (replay.count - 1) % replay.capacity
-    lost = []
-    for env, obs in enumerate(envs.call("restore", states)):
-        if any(not np.array_equal(replay.arrays[key][row, env], value) for key, value in obs.items()):
-            lost.append(episodes[env][0])
-    if lost:
-        print(f"environments {lost} are not deterministic: their episodes were left, fresh ones start", file=sys.stderr)
-        envs.call("abandon", lost)
+        raise Failure(f"the checkpoint is of another size: {str(error).splitlines()[1].strip()}") from None
 
 
 def random_states(rng, device):
@@ -1599,70 +1561,104 @@ def set_random_states(states, rng, device):
     random.setstate(states["python"])
     rng.bit_generator.state = states["sampling"]
     torch.set_rng_state(states["torch"].cpu())
-    if device.type == "cuda" and states["cuda"] is not None:
+    if device.type == "cuda":
         torch.cuda.set_rng_state(states["cuda"].cpu(), device)
 
 
-def start_processes(args):
-    """Joins the other processes of `torchrun`, if there are any -> rank, number of processes."""
+def restore_envs(envs, replay, agent, positions, lengths):
+    """Brings the environments to where the replay ends, by their episodes' seeds and the actions taken since then.
+
+    One that does not come back to the observation it had is not deterministic: it starts a fresh episode.
+    """
+    last, states, lost = (replay.count - 1) % replay.capacity, {}, []
+    for env, ((index, *position), length) in enumerate(zip(positions, lengths, strict=True)):
+        rows = np.arange(replay.count - length, replay.count) % replay.capacity
+        states[index] = *position, agent.env_action(torch.from_numpy(replay.arrays["action"][rows, env]))
+    for env, obs in enumerate(envs.call("restore", states)):
+        if any(not np.array_equal(replay.arrays[key][last, env], value) for key, value in obs.items()):
+            lost.append(positions[env][0])
+    if lost:
+        print(f"environments {lost} are not deterministic: fresh episodes start there", file=sys.stderr)
+        envs.call("abandon", lost)
+
+
+def setup(args):
+    """Device and numerical settings, joining the other processes of `torchrun` -> device, rank, number of processes."""
+    cuda = args.cuda and torch.cuda.is_available()
     if "RANK" in os.environ and not dist.is_initialized():
-        dist.init_process_group("nccl" if args.cuda and torch.cuda.is_available() else "gloo")
-    world = dist.get_world_size() if dist.is_initialized() else 1
+        dist.init_process_group("nccl" if cuda else "gloo")
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     if args.num_envs % world or args.batch_size % world:
-        raise Failure(f"--num-envs {args.num_envs} and --batch-size {args.batch_size} must be multiples of {world} processes")
-    return dist.get_rank() if world > 1 else 0, world
+        raise Failure(f"--num-envs {args.num_envs} and --batch-size {args.batch_size} must be multiples of {world}")
+    torch.backends.cudnn.deterministic = args.torch_deterministic
+    torch.set_float32_matmul_precision("high")
+    random.seed(args.seed)
+    torch.manual_seed(args.seed)
+    if not cuda and sys.platform == "linux":  # glibc is to keep freed memory: 40,000 page faults less in an update
+        libc = ctypes.CDLL(None)
+        if hasattr(libc, "mallopt"):
+            libc.mallopt(-4, 0)
+            libc.mallopt(-1, 2**31 - 1)
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu"), rank, world
 
 
-def agree(signals, device):
-    """Whether any process was told to stop."""
+def agree(flag, device):
+    """Whether the flag is up in any process."""
     if not dist.is_initialized():
-        return bool(signals)
-    flag = torch.tensor(float(len(signals)), device=device)
+        return flag
+    flag = torch.tensor(float(flag), device=device)
     dist.all_reduce(flag)
     return bool(flag > 0)
 
 
-def pick_device(args):
-    torch.backends.cudnn.deterministic = args.torch_deterministic
-    torch.set_float32_matmul_precision("high")
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if args.cuda and torch.cuda.is_available() else torch.device("cpu")
-
-
 def start_log(args, run, frame, agent, replay):
-    """Writes and prints the arguments, opens the log."""
+    """Writes and prints what runs, opens the log."""
     saved = dataclasses.asdict(args) | {"script": SCRIPT}
     with open(f"{run}/args.json", "w") as file:
         json.dump(saved, file, indent=1)
     if args.track:
         import wandb
 
+        name = os.path.basename(run)
         wandb.init(
-            project=args.wandb_project_name, entity=args.wandb_entity, name=os.path.basename(run), config=saved, sync_tensorboard=True
+            project=args.wandb_project_name, entity=args.wandb_entity, name=name, config=saved, sync_tensorboard=True
         )
     log = Log(run, frame)
-    log.writer.add_text("args", "\n".join(f"    {key}: {value}" for key, value in saved.items()))
-    print(" ".join(f"--{key.replace('_', '-')} {value}" for key, value in saved.items()))
+    log.writer.add_text("args", show(saved))
+    print(show(saved))
     print(
-        f"{run}: {sum(p.numel() for p in agent.trained):,} parameters on {agent.device}; {args.total_timesteps:,} frames of the "
-        f"environment, {args.action_repeat} for each action; the replay takes at most {replay.bytes / 1e9:.1f} GB of disk"
+        f"{run}: {sum(p.numel() for p in agent.trained):,} parameters, {agent.device}; {args.total_timesteps:,} frames"
+        f" of the environment, {args.action_repeat} for each action; at most {replay.bytes / 1e9:.1f} GB of replay"
     )
     return log
 
 
-def tell_cost(seconds, updates):
-    """Without a GPU, nobody should find out at hour nine."""
-    hint = "" if seconds * updates < 24 * 3600 else "; --size 1m --obs state is a matter of hours"
-    tqdm.write(f"an update takes {seconds:.1f} s on this CPU; the {updates:,.0f} of this run {seconds * updates / 3600:.1f} hours{hint}")
+def evaluate(agent, args, seed, frames=None):
+    """Returns of `eval_episodes` episodes, one in each of as many environments; `frames` gets pictures of the first."""
+    envs = make_envs(args, args.eval_episodes)
+    obs = envs.reset(seed=[seed] * envs.num_envs)[0]
+    carry, returns, over = agent.initial(envs.num_envs), np.zeros(envs.num_envs), np.zeros(envs.num_envs, bool)
+    while not over.all():
+        if frames is not None and not over[0]:
+            first = {key: value[0] for key, value in obs.items()}
+            pixels = any(np.ndim(value) == 3 for value in first.values())
+            frames.append(picture(first) if pixels else np.array(envs.call("render")[0]))
+        carry = agent.act(to_tensors(obs, agent.device), carry, training=False)
+        obs, reward, *_ = envs.step(agent.env_action(carry[2]))
+        returns += np.where(over, 0, reward)
+        over |= obs["is_last"] > 0
+    envs.close()
+    return returns
 
 
 def record(agent, args, replay, log, run, frame):
-    """Evaluation and open-loop video."""
-    if len(replay) > 4:
-        data, _ = replay.sample(4, np.random.default_rng(frame), fresh=False)
+    """Open-loop video and evaluation in the middle of training."""
+    if len(replay):
+        data, _ = replay.get(replay.draw(4, np.random.default_rng(frame)))
         log.video(frame, "video/open_loop", open_loop(agent, to_tensors(data, agent.device)))
     if args.eval_episodes:
         frames = [] if args.capture_video else None
-        returns = evaluate(agent, args, frame, frames)
+        returns = evaluate(agent, args, args.seed + frame, frames)
         log.scalars(frame, {"eval/episodic_return": returns.mean(), "eval/episodic_return_std": returns.std()})
         if frames:
             log.video(frame, "video/eval", np.stack(frames[::2]))
@@ -1671,60 +1667,40 @@ def record(agent, args, replay, log, run, frame):
 
 def train(args):
     """Trains until `total_timesteps`, from the start or from a checkpoint; returns the run directory."""
-    rank, world = start_processes(args)
-    device = pick_device(args)
-    run = args.resume or f"{args.run_dir}/{args.env_id.replace('/', '-')}__{args.exp_name}__{args.seed}__{int(time.time())}"
+    device, rank, world = setup(args)
+    names = [args.resume or f"{args.run_dir}/{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}"]
     if world > 1:
-        names = [run]
         dist.broadcast_object_list(names)
-        run = names[0]
-    state = load(run, args, device) if args.resume else None
-    if state and len(state["processes"]) != world:
-        raise Failure(f"{run} was trained by {len(state['processes'])} processes: resume it with as many")
-    own = state["processes"][rank] if state else {}
-
-    random.seed(args.seed)
-    torch.manual_seed(args.seed)
+    run, state, own = names[0], None, {}
+    if args.resume:
+        state = load(run, device)
+        if len(state["processes"]) != world:
+            raise Failure(f"{run} was trained by {len(state['processes'])} processes: resume it with as many")
+        own = state["processes"][rank]
     num_envs, batch_size = args.num_envs // world, args.batch_size // world
     envs = make_envs(args, num_envs, rank * num_envs)
     parallel = isinstance(envs, gym.vector.AsyncVectorEnv)
     spaces = {key: space for key, space in envs.single_observation_space.items() if key not in FLAGS}
     agent = Agent(args, spaces, envs.single_action_space, device)
-    steps = min(args.replay_size, args.total_timesteps // args.action_repeat + args.num_envs) // world
     stored = {key: (space.shape, space.dtype) for key, space in spaces.items()} | {key: ((), "bool") for key in FLAGS}
     stored |= {"reward": ((), "float32")} | agent.replay_spaces()
+    size = min(args.replay_size, args.total_timesteps // args.action_repeat + args.num_envs) // args.num_envs
     folder = f"{run}/replay/{rank}" if world > 1 else f"{run}/replay"
-    replay = Replay(folder, stored, num_envs, max(steps, own.get("capacity", 0)), args.batch_length)
+    replay = Replay(folder, stored, num_envs, max(size, own.get("capacity", 0)), args.batch_length)
     rng = np.random.default_rng([args.seed, rank])
     torch.manual_seed(args.seed + rank)
     step, updates, due_from, sums = 0, 0, None, {}
     episode_return, episode_length = np.zeros(num_envs), np.zeros(num_envs, np.int64)
     if state:
         load_agent(agent, state)
-        step, updates, due_from = state["step"], state["updates"], state["due_from"]
         replay.load_state_dict(own["replay"])
+        step, updates, due_from = state["step"], state["updates"], state["due_from"]
         carry, sums = own["carry"], own["sums"]
-        episode_return, episode_length = own["episode_return"].numpy(), own["episode_length"].numpy()
-        restore_envs(envs, replay, agent, own["episodes"], episode_length)
+        episode_return, episode_length = own["episode_return"].cpu().numpy(), own["episode_length"].cpu().numpy()
+        restore_envs(envs, replay, agent, own["positions"], episode_length)
         set_random_states(own["random"], rng, device)
-    log = start_log(args, run, step * args.action_repeat, agent, replay) if rank == 0 else None
-
-    def checkpoint():
-        """Everything, so that the run goes on as if it had not been stopped."""
-        replay.flush()
-        mine = dict(replay=replay.state_dict(), capacity=replay.capacity * num_envs, carry=carry, sums=sums)
-        mine |= dict(episode_return=torch.from_numpy(episode_return), episode_length=torch.from_numpy(episode_length))
-        mine |= dict(episodes=envs.call("position"), random=random_states(rng, device))
-        everyone = [None] * world
-        if world > 1:
-            dist.gather_object(mine, everyone if rank == 0 else None)
-        if rank == 0:
-            state = dict(script=SCRIPT, agent=agent.state_dict(), step=step, updates=updates, due_from=due_from)
-            save(f"{run}/checkpoint.pt", state | dict(processes=everyone if world > 1 else [mine]))
-
-    signals = []
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda number, _: signals.append(number))
+    frame = step * args.action_repeat
+    log = start_log(args, run, frame, agent, replay) if rank == 0 else None
     act, update, batch = Graph(agent.act, device), Graph(agent.update, device), None
 
     def fetch():
@@ -1732,201 +1708,175 @@ def train(args):
         return to_tensors(data, device), index
 
     def take(obs, reward, carry):
-        """Lets the agent see a step and puts it in the replay -> what acting carries on."""
-        seen = {key: value.astype(bool) if key in FLAGS else value for key, value in obs.items()}
-        tensors = to_tensors(seen, device)
+        """Lets the agent see a step and act, and puts the step in the replay -> what acting carries on."""
+        obs = {key: value.astype(bool) if key in FLAGS else value for key, value in obs.items()}
+        tensors = to_tensors(obs, device)
         action = torch.where(tensors["is_first"].unsqueeze(-1), 0, carry[2])
         carry = tuple(x.clone() for x in act(tensors, carry))
-        latents = {"deter": carry[0].cpu(), "stoch": carry[1].argmax(-1).cpu()}
-        replay.add(seen | latents | {"reward": reward.astype(np.float32), "action": action.cpu()})
+        replay.add(obs | {"reward": reward, "action": action.cpu()} | agent.replay_values(carry))
         return carry
 
+    def checkpoint():
+        """Everything, so that the run goes on as if it had not stopped."""
+        replay.flush()
+        mine = dict(replay=replay.state_dict(), capacity=replay.capacity, carry=carry, sums=sums)
+        mine |= dict(episode_return=torch.from_numpy(episode_return), episode_length=torch.from_numpy(episode_length))
+        mine |= dict(positions=envs.call("position"), random=random_states(rng, device))
+        everyone = [mine] * world
+        if world > 1:
+            dist.gather_object(mine, everyone if rank == 0 else None)
+        if rank == 0:
+            whole = dict(script=SCRIPT, agent=agent.state_dict(), step=step, updates=updates, due_from=due_from)
+            save(f"{run}/checkpoint.pt", whole | dict(processes=everyone))
+
+    signals = []
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, _: signals.append(number))
     if not state:
         obs = envs.reset(seed=[args.seed] * num_envs)[0]
         carry = take(obs, np.zeros(num_envs), agent.initial(num_envs))
-        step = args.num_envs
-    ratio = args.train_ratio / (args.batch_size * args.batch_length)
-    frame, saved_at, rows_at = step * args.action_repeat, time.time(), (time.time(), step)
+        step, frame = args.num_envs, args.num_envs * args.action_repeat
+    saved_at, row_at = time.time(), (time.time(), frame)
     bar = tqdm(total=args.total_timesteps, initial=frame, unit="frames", disable=rank > 0, smoothing=0.05)
     try:
-        while frame < args.total_timesteps and not agree(signals, device):
+        while frame < args.total_timesteps and not agree(bool(signals), device):
             replay.reserve()
             action = agent.env_action(carry[2])
             if parallel:
                 envs.step_async(action)  # the environments run while the model learns
-            due = 0
-            if due_from is not None:
-                due = int((step - due_from) * ratio)
-                due_from += due / ratio
-            elif len(replay) * world >= args.batch_size * args.batch_length:
-                due, due_from = 1, step
+            due, due_from = updates_due(args, step, due_from, len(replay) * world)
             for _ in range(due):
                 started = time.time()
                 data, index = batch or fetch()
                 latents, metrics = update(data)
                 batch = fetch() if device.type == "cuda" else None  # while the GPU works
                 replay.write(index, {key: value.cpu().numpy() for key, value in latents.items()})
-                values = torch.stack(list(metrics.values())).cpu()
-                if not values.isfinite().all():
-                    name = next(key for key, value in zip(metrics, values, strict=True) if not value.isfinite())
-                    raise Failure(f"{name} is not finite at update {updates}, frame {frame}; {run} keeps its last checkpoint")
-                for key, value in zip([*metrics, "count"], [*values.tolist(), 1], strict=True):
+                values = torch.stack(list(metrics.values())).tolist()
+                for key, value in zip([*metrics, "count"], [*values, 1], strict=True):
+                    if not math.isfinite(value):
+                        raise Failure(f"{key} is {value}, update {updates}, frame {frame}: the last checkpoint is kept")
                     sums[key] = sums.get(key, 0.0) + value
                 updates += 1
                 if updates == 3 and device.type == "cpu" and rank == 0:
-                    tell_cost(time.time() - started, (args.total_timesteps - frame) / args.action_repeat * ratio)
+                    left = (args.total_timesteps - frame) / args.action_repeat * updates_per_step(args)
+                    tell_cost(time.time() - started, left)
             try:
                 obs, reward, *_ = envs.step_wait() if parallel else envs.step(action)
             except (EOFError, BrokenPipeError, ConnectionError):
-                raise Interrupted(f"a process of an environment died at frame {frame}") from None
+                raise Interrupted(f"the process of an environment died at frame {frame}") from None
+            except Exception:
+                checkpoint()
+                raise
             if not np.isfinite(reward).all():
-                raise Interrupted(f"environment {int(np.argmin(np.isfinite(reward)))} gave reward {reward} at frame {frame}")
+                raise Interrupted(f"an environment gave the reward {reward[~np.isfinite(reward)][0]} at frame {frame}")
             carry = take(obs, reward, carry)
             step += args.num_envs
             before, frame = frame, step * args.action_repeat
-            passed = lambda every: every and frame // every > before // every  # noqa: B023, E731
-
-            first, last = obs["is_first"].astype(bool), obs["is_last"].astype(bool)
-            episode_return = np.where(first, 0, episode_return + reward.astype(np.float32))
-            episode_length = np.where(first, 0, episode_length + 1)
+            passed = [every and frame // every > before // every for every in (args.log_every, args.eval_every)]
+            episode_return = np.where(obs["is_first"], 0, episode_return + reward.astype(np.float32))
+            episode_length = np.where(obs["is_first"], 0, episode_length + 1)
             if rank == 0:
-                for env in np.flatnonzero(last):
-                    length = int(episode_length[env]) * args.action_repeat
-                    log.scalars(frame, {"charts/episodic_return": episode_return[env], "charts/episodic_length": length})
-                    bar.set_postfix_str(f"return {episode_return[env]:.1f}, updates {updates}")
                 bar.update(frame - before)
-                if passed(args.log_every) and sums:
+                for env in np.flatnonzero(obs["is_last"]):
+                    log.scalars(frame, {"charts/episodic_return": episode_return[env]})
+                    log.scalars(frame, {"charts/episodic_length": episode_length[env] * args.action_repeat})
+                    bar.set_postfix_str(f"return {episode_return[env]:.1f}, updates {updates}")
+                if passed[0] and sums:
                     row = {key: value / sums["count"] for key, value in sums.items() if key != "count"}
-                    seconds, steps = time.time() - rows_at[0], step - rows_at[1]
-                    row |= {"charts/SPS": steps * args.action_repeat / seconds, "charts/updates": updates}
+                    row |= {"charts/SPS": (frame - row_at[1]) / (time.time() - row_at[0]), "charts/updates": updates}
                     log.scalars(frame, row)
-                    sums, rows_at = {}, (time.time(), step)
-                if passed(args.eval_every):
+                    sums, row_at = {}, (time.time(), frame)
+                if passed[1]:
                     record(agent, args, replay, log, run, frame)
-            if time.time() - saved_at > args.save_every * 60:
+            if agree(time.time() - saved_at > args.save_every * 60, device):
                 checkpoint()
                 saved_at = time.time()
         checkpoint()
     except Interrupted as error:
         checkpoint()
-        raise Failure(f"{error}; saved, continue with --resume {run}") from None
+        raise Failure(f"{error}; saved: --resume {run} continues") from None
     finally:
         bar.close()
         envs.close(**({"terminate": True} if parallel else {}))
     if signals:
-        print(f"stopped at frame {frame} and saved; continue with --resume {run}")
+        print(f"stopped at frame {frame} and saved: --resume {run} continues")
         sys.exit(128 + signals[0])
     return run
 
 
-def load_run(args):
+def updates_per_step(args):
+    """Updates for each step of an environment."""
+    return args.train_ratio / (args.batch_size * args.batch_length)
+
+
+def updates_due(args, step, due_from, sequences):
+    """Updates to do now, and the step up to which all are done then; None before the replay holds a first batch."""
+    if due_from is None:
+        return (1, step) if sequences >= args.batch_size * args.batch_length else (0, None)
+    due = int((step - due_from) * updates_per_step(args))
+    return due, due_from + due / updates_per_step(args)
+
+
+def tell_cost(seconds, updates):
+    """Without a GPU, nobody should find out at hour nine."""
+    hours = seconds * updates / 3600
+    hint = "; with --size 1m --obs state it is a matter of hours" if hours > 24 else ""
+    tqdm.write(f"an update takes {seconds:.2f} s on this CPU, the {updates:,.0f} to come {hours:.1f} hours{hint}")
+
+
+def load_run(args, run):
     """The agent of a run and one of its environments."""
-    run, device = args.evaluate or args.play, pick_device(args)
+    device, *_ = setup(args)
     env = make_env(args)
     spaces = {key: space for key, space in env.observation_space.items() if key not in FLAGS}
     agent = Agent(args, spaces, env.action_space, device)
-    load_agent(agent, load(run, args, device))
-    torch.manual_seed(args.seed)
+    load_agent(agent, load(run, device))
     return agent, env
 
 
 def score(args):
     """--evaluate: prints mean and standard deviation over episodes; with --capture-video writes the first as mp4."""
-    agent, env = load_run(args)
-    env.close()
+    agent, _ = load_run(args, args.evaluate)
     frames = [] if args.capture_video else None
     returns = evaluate(agent, args, args.seed, frames)
     print(f"{args.env_id}: {returns.mean():.2f} ± {returns.std():.2f} over {len(returns)} episodes")
     if frames:
-        path = f"{args.evaluate}/videos/evaluate.mp4"
-        write_mp4(path, frames)
-        print(path)
+        write_mp4(f"{args.evaluate}/videos/evaluate.mp4", frames)
 
 
 PAGE = """<!doctype html><meta charset=utf-8><title>Dream</title>
-<style>body{font:16px sans-serif;margin:2em;background:#111;color:#ddd}img{height:320px;image-rendering:pixelated;margin-right:1em}</style>
-<h3>You act; the model dreams <small id=info></small></h3>
-<figure style="margin:0"><img id=dream><img id=real></figure><p>Left: the dream. Right: what the real environment shows after the
-same actions.</p><p>Keys: <span id=keys></span>; r starts anew; hold a key to go on.</p>
+<style>body{font:16px sans-serif;margin:2em;background:#111;color:#ddd} img{height:320px;image-rendering:pixelated}</style>
+<h3>You act, the model dreams: <span id=text></span></h3>
+<img id=dream> <img id=real>
+<p>Left the dream; right what the real environment shows after the same actions.</p>
+<p>Keys: <span id=keys></span>; r starts a new dream; hold a key to go on.</p>
 <script>
-let held=new Set(),busy=false;
-async function ask(path){busy=true;let s=await(await fetch(path)).json();busy=false;
- for(let k of["dream","real"]){let e=document.getElementById(k);e.hidden=!s[k];if(s[k])e.src="data:image/png;base64,"+s[k]}
- document.getElementById("info").textContent=s.info;document.getElementById("keys").textContent=s.keys}
-onkeydown=e=>{if(e.key.startsWith("Arrow")||e.key==" ")e.preventDefault();held.add(e.key);if(e.key=="r")ask("/reset")};
-onkeyup=e=>held.delete(e.key);onblur=()=>held.clear();
-setInterval(()=>{if(!busy&&held.size&&!held.has("r"))ask("/step?"+new URLSearchParams([...held].map(k=>["key",k])))},60);ask("/reset");
+const held = new Set(); let busy = false
+async function ask(path) {
+  busy = true; const state = await (await fetch(path)).json(); busy = false
+  for (const id of ["dream", "real"]) {
+    const image = document.getElementById(id); image.hidden = !state[id]
+    if (state[id]) image.src = "data:image/png;base64," + state[id]
+  }
+  for (const id of ["text", "keys"]) document.getElementById(id).textContent = state[id]
+}
+onkeydown = event => { event.preventDefault(); held.add(event.key); if (event.key == "r") ask("/reset") }
+onkeyup = event => held.delete(event.key)
+setInterval(() => {
+  if (!busy && held.size && !held.has("r")) ask("/step?" + new URLSearchParams([...held].map(key => ["key", key])))
+}, 60)
+ask("/reset")
 </script>"""
-KEYS = ["ArrowRight", "ArrowLeft", "ArrowUp", "ArrowDown", "d", "a", "w", "s", "l", "j", "i", "k", "6", "4", "8", "2"]
+KEYS = ["ArrowRight", "ArrowLeft", "ArrowUp", "ArrowDown", "d", "a", "w", "s", "l", "j", "i", "k", *"1234567890"]
 
 
 def key_action(keys, space):
-    """Keys held -> action: one key for each discrete action, or two for each dimension, plus and minus."""
+    """Keys held -> action: a key for each discrete action but the first, or two for each dimension, plus and minus."""
+    down = [key in keys for key in KEYS]
     if isinstance(space, gym.spaces.Discrete):
-        names = [" ", *KEYS, *"1357890bcefghmnopqtuvxyz"]
-        return next((i for i in range(int(space.n)) if names[i % len(names)] in keys), 0)
-    action = np.zeros(space.shape, np.float32)
-    for i, key in enumerate(KEYS[: 2 * len(action)]):
-        action[i // 2] += (key in keys) * (1 - 2 * (i % 2))
-    return action
-
-
-def play(args):
-    """--play: a page on 127.0.0.1 where you act in the dream; with --capture-video an mp4 of the actor's dream instead."""
-    agent, env = load_run(args)
-    dream = Dream(agent, env)
-    obs, info = dream.reset(seed=args.seed)
-    if args.capture_video:
-        frames, over = [], False
-        while not over:
-            frames.append(np.concatenate([picture(obs), picture(info["real"])], 1))
-            with torch.no_grad():
-                policy = agent.behaviour.actor(feature(*dream.state[:2]))
-                action = agent.behaviour.actor.sample(policy, agent.action_noise(1))
-            obs, _, terminated, truncated, info = dream.step(agent.env_action(action)[0])
-            over = terminated or truncated or len(frames) == 200
-        write_mp4(f"{args.play}/videos/dream.mp4", frames, fps=15)
-        print(f"{args.play}/videos/dream.mp4: left the dream, right the real environment after the same actions")
-        return
-    space = dream.action_space
-    names = "space, " + ", ".join(KEYS) if agent.discrete else ", ".join(KEYS[: 2 * space.shape[0]])
-    total = 0.0
-
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_GET(self):
-            nonlocal obs, info, total
-            url = urllib.parse.urlparse(self.path)
-            if url.path == "/":
-                return self.reply("text/html", PAGE.encode())
-            if url.path == "/reset":
-                (obs, info), total, text = dream.reset(), 0.0, "new dream"
-            elif url.path == "/step":
-                action = key_action(urllib.parse.parse_qs(url.query).get("key", []), space)
-                obs, reward, terminated, truncated, info = dream.step(action)
-                total += reward
-                text = f"step {dream.steps}, reward {reward:.2f}, return {total:.1f}{', the end' * (terminated or truncated)}"
-            else:
-                return self.send_error(404)
-            real = None if info["real"]["is_last"] else png(picture(info["real"]))
-            self.reply("application/json", json.dumps(dict(dream=png(picture(obs)), real=real, info=text, keys=names)).encode())
-
-        def reply(self, kind, body):
-            self.send_response(200)
-            self.send_header("Content-Type", kind)
-            self.send_header("Content-Length", str(len(body)))
-            self.end_headers()
-            self.wfile.write(body)
-
-        def log_message(self, *_):
-            pass
-
-    server = http.server.HTTPServer(("127.0.0.1", 0), Handler)
-    port = server.server_port
-    print(f"http://127.0.0.1:{port}  (from another machine first: ssh -L {port}:127.0.0.1:{port} <this machine>)", flush=True)
-    try:
-        server.serve_forever()
-    except KeyboardInterrupt:
-        server.server_close()
+        return down.index(True) + 1 if True in down[: int(space.n) - 1] else 0
+    signs = [float(plus) - float(minus) for plus, minus in zip(down[::2], down[1::2], strict=True)]
+    return np.array((signs + [0.0] * space.shape[0])[: space.shape[0]], np.float32)
 
 
 def png(frame):
@@ -1936,14 +1886,67 @@ def png(frame):
     return base64.b64encode(buffer.getvalue()).decode()
 
 
+def play(args):
+    """--play: a page on 127.0.0.1 where you act in the dream; with --capture-video an mp4 of the actor in it."""
+    agent, env = load_run(args, args.play)
+    dream = Dream(agent, env)
+    obs, info = dream.reset(seed=args.seed)
+    if args.capture_video:
+        frames, over = [], False
+        while not over and len(frames) < 200:
+            frames.append(np.concatenate([picture(obs), picture(info["real"])], 1))
+            with torch.no_grad():
+                policy = agent.behaviour.actor(feature(*dream.state[:2]))
+                action = agent.behaviour.actor.sample(policy, agent.action_noise(1))
+            obs, _, terminated, truncated, info = dream.step(agent.env_action(action)[0])
+            over = terminated or truncated
+        return write_mp4(f"{args.play}/videos/dream.mp4", frames, fps=15)
+    used = int(dream.action_space.n) - 1 if agent.discrete else 2 * agent.action_dim
+    total = 0.0
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            nonlocal total
+            url = urllib.parse.urlparse(self.path)
+            if url.path == "/":
+                return self.reply("text/html", PAGE)
+            if url.path == "/reset":
+                (obs, info), total, text = dream.reset(), 0.0, "a new dream"
+            elif url.path == "/step":
+                keys = urllib.parse.parse_qs(url.query).get("key", [])
+                obs, reward, terminated, truncated, info = dream.step(key_action(keys, dream.action_space))
+                total += reward
+                text = f"step {dream.steps}, reward {reward:.2f}, return {total:.1f}"
+                text += ", the end" * (terminated or truncated)
+            else:
+                return self.send_error(404)
+            frames = dict(dream=png(picture(obs)), real=png(picture(info["real"])))
+            self.reply("application/json", json.dumps(frames | dict(text=text, keys=" ".join(KEYS[:used]))))
+
+        def reply(self, kind, body):
+            self.send_response(200)
+            self.send_header("Content-Type", kind)
+            self.end_headers()
+            self.wfile.write(body.encode())
+
+        def log_message(self, *_):
+            pass
+
+    server = http.server.HTTPServer(("127.0.0.1", 0), Handler)
+    port = server.server_port
+    print(f"http://127.0.0.1:{port} (on a remote machine: ssh -L {port}:127.0.0.1:{port} <host>)", flush=True)
+    try:
+        server.serve_forever()
+    except KeyboardInterrupt:
+        server.server_close()
+
+
 def main(argv=None):
     try:
         args = parse_args(argv)
-        if args.evaluate or args.play:
-            return (score if args.evaluate else play)(args)
-        return train(args)
+        return score(args) if args.evaluate else play(args) if args.play else train(args)
     except Failure as failure:
-        print(f"{os.path.basename(__file__)}: {failure}", file=sys.stderr)
+        print(f"{SCRIPT}.py: {failure}", file=sys.stderr)
         sys.exit(2)
 
 

@@ -131,7 +131,8 @@ def test_trouble_in_an_environment(script, trouble, words, kind, num_envs, tmp_p
     (tmp_path / "go").touch()
     _, err = process.communicate(timeout=60)
     assert process.returncode == 2, err
-    (line,) = lines(err)
+    *before, line = lines(err)
+    assert trouble == "Raise" or not before, err  # whose traceback the user needs
     assert line.startswith(f"{script.__name__}.py: ") and words in line and "--resume" in line
     (tmp_path / "go").unlink()
     assert go_on(script, only_run(tmp_path))["updates"] > 0
@@ -158,7 +159,7 @@ def environment_processes(group):
             continue
         if int(fields[2]) == group:
             stats[int(pid)] = int(fields[1])
-    return sorted(pid for pid, parent in stats.items() if stats.get(parent, group) not in (group,) and parent != group)
+    return sorted(pid for pid, parent in stats.items() if parent in stats and parent != group)
 
 
 def test_nothing_is_left_running(script, tmp_path):
@@ -189,7 +190,7 @@ s.Agent.update = broken
 """
     result = run_script(script, *CARTPOLE, *NOW, *tiny(script), cwd=tmp_path, patch=patch, code=2)
     (line,) = lines(result.stderr)
-    assert "losses/" in line and "not finite at update 11" in line
+    assert "losses/" in line and "update 11" in line
     run = only_run(tmp_path)
     for path in (run / "replay").glob("*.npy"):
         array = np.load(path, mmap_mode="r")
@@ -234,7 +235,7 @@ def test_without_opengl(script, tmp_path):
         result = run_script(script, *flags, cwd=tmp_path, patch=patch, code=2, **env)
         (line,) = lines(result.stderr)
         assert "apt-get install libosmesa6" in line and "--obs state" in line
-    flags = ["--env-id", "dmc-cartpole-swingup", "--obs", "state", "--total-timesteps", 40, *tiny(script)]
+    flags = ["--env-id", "dmc-cartpole-swingup", "--obs", "state", "--num-envs", 1, "--total-timesteps", 40, *tiny(script)]
     run_script(script, *flags, cwd=tmp_path, patch=patch, **env)
 
 
@@ -274,10 +275,10 @@ def test_run_directories_that_do_not_fit(script, run, refused, tmp_path):
     (run / "checkpoint.pt").write_bytes(saved)
 
     change(run / "args.json", script="another")
-    assert "another.py" in refusals()
+    assert "was not made by" in refusals()
     (run / "args.json").write_text(args)
     change(run / "args.json", no_such_field=1)
-    assert "no_such_field" in refusals()
+    assert "was not made by" in refusals()
     (run / "args.json").write_text(args[:-20])
     assert "is not a run directory" in refusals()
     (run / "args.json").write_text(args)
