@@ -256,8 +256,7 @@ def parse_args(argv=None):
 
 
 def show(values):
-    """Arguments as they are typed."""
-    return " ".join(f"--{name.replace('_', '-')} {value}" for name, value in values.items() if value is not None)
+    return " ".join(f"{name}={value}" for name, value in values.items() if value is not None)
 
 
 def suite(env_id):
@@ -929,7 +928,9 @@ class RSSM(nn.Module):
         gates = [weight.contiguous() for weight in self.gates.weight.chunk(3, -1)]
         biases = [bias.contiguous() for bias in self.gates.bias.view(args.blocks, 1, -1).chunk(3, -1)]
         post, embed = self.post_in[0].weight.T.split([args.deter, self.post_in[0].in_features - args.deter])
-        return dict(deter=deter, inputs=inputs, action=action, gates=gates, biases=biases, post=post, embed=embed)
+        kernels = dict(deter=deter, inputs=inputs, action=action, gates=gates, biases=biases, post=post, embed=embed)
+        half = torch.is_autocast_enabled(post.device.type)
+        return tree_map(lambda kernel: kernel.bfloat16(), kernels) if half else kernels
 
     def action_input(self, action, kernels):
         """The action's share of the mixing layer, for all steps at once: (..., A) -> (..., D)."""
@@ -1121,7 +1122,8 @@ class Behaviour(nn.Module):
         self.critic = MLP(feat_dim, args.bins, 3, args.units, 0.0)
         self.slow_critic = MLP(feat_dim, args.bins, 3, args.units, 0.0).requires_grad_(False)
         self.slow_critic.load_state_dict(self.critic.state_dict())
-        self.register_buffer("return_range", torch.zeros(2))  # 5th and 95th percentile
+        self.register_buffer("return_range", torch.zeros(2))  # averages of these percentiles
+        self.register_buffer("percentiles", torch.tensor([0.05, 0.95]), persistent=False)
 
     def loss(self, world_model, data, deter, stoch, feat, noise):
         """Losses of actor and critic by name, (N, H) and, on the replayed sequences, (B, L); stats.
@@ -1138,6 +1140,7 @@ class Behaviour(nn.Module):
             cont = world_model.cont(imag_feat)  # (N, R)
             slow_value = twohot_mean(self.slow_critic(imag_feat))  # (N, R)
             weight = cont.cumprod(1)[:, :-1]  # (N, H)
+        torch.clear_autocast_cache()  # which holds copies of the actor's weights that were made without gradient
         critic_logit = self.critic(imag_feat)  # (N, R, X)
         value = twohot_mean(critic_logit.detach())  # (N, R)
         returns = lambda_return(reward, cont, torch.zeros_like(cont), value, value[:, -1], args.lambda_)  # (N, H)
@@ -1174,8 +1177,7 @@ class Behaviour(nn.Module):
             parts = [torch.empty_like(returns) for _ in range(dist.get_world_size())]
             dist.all_gather(parts, returns)
             returns = torch.cat(parts)
-        percentiles = torch.quantile(returns, returns.new_tensor([0.05, 0.95]))
-        self.return_range.lerp_(percentiles, self.args.return_rate)
+        self.return_range.lerp_(torch.quantile(returns, self.percentiles), self.args.return_rate)
         return (self.return_range[1] - self.return_range[0]).clamp(min=1)
 
     @torch.no_grad()
@@ -1236,6 +1238,10 @@ class Agent(nn.Module):
         self.to(device)
         self.trained = [p for p in self.parameters() if p.requires_grad]
         self.optimizer = LaProp(self.trained, args)
+        if args.compile if args.compile is not None else self.device.type == "cuda":
+            model, actor = self.world_model, self.behaviour.actor
+            for part, name in ((model.rssm, "obs_step"), (model.rssm, "img_step"), (actor, "forward")):
+                setattr(part, name, torch.compile(getattr(part, name), dynamic=False))
         amp = args.amp and self.device.type == "cuda"
         self.autocast = lambda: torch.autocast(self.device.type, torch.bfloat16, enabled=amp)
 

@@ -1,0 +1,122 @@
+"""Our learning curves over the published ones: a table, and with matplotlib installed a figure for each script.
+
+    python benchmarks/curves.py                      # the runs in benchmarks/results -> docs/curves_<script>.png
+    python benchmarks/curves.py runs/<run> [...]     # these runs
+
+Published points (benchmarks/published) are means over seeds of the mean episode return in a window of frames that ends
+at the point; ours are computed in the same windows from `charts/episodic_return` in metrics.csv, and not smoothed
+otherwise. A run lies inside if it is within two standard deviations of the published mean.
+"""
+
+import argparse
+import collections
+import csv
+import json
+import os
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+
+
+def read_run(folder):
+    """A run directory -> its arguments and its (frame, return) points, of training and of evaluation."""
+    with open(f"{folder}/args.json") as file:
+        args = json.load(file)
+    points = collections.defaultdict(list)
+    with open(f"{folder}/metrics.csv", newline="") as file:
+        for row in csv.DictReader(file):
+            points[row["key"]].append((int(row["frame"]), float(row["value"])))
+    return args, points["charts/episodic_return"], points["eval/episodic_return"]
+
+
+def published(args):
+    """Frame -> (mean, standard deviation, seeds) of the authors, for the run's task; empty if there is none."""
+    path = f"{HERE}/published/{args['script']}.json"
+    if not os.path.exists(path):
+        return {}
+    with open(path) as file:
+        data = json.load(file)
+    suite, _, task = args["env_id"].partition("-")
+    task = task.replace("-", "_")
+    kind = ("dmc_proprio" if args["obs"] == "state" else "dmc_vision") if suite == "dmc" else suite
+    for tasks in (data.get(kind, {}), data):
+        for name in (f"{suite}_{task}", task):
+            if isinstance(tasks.get(name), dict):
+                return {int(frame): values for frame, values in tasks[name].items()}
+    return {}
+
+
+def window(points, frame, width):
+    """Mean return of the episodes that ended in the `width` frames up to `frame`; None if there was none."""
+    values = [value for x, value in points if frame - width < x <= frame]
+    return sum(values) / len(values) if values else None
+
+
+def compare(points, curve):
+    """Rows (frame, ours, mean, standard deviation, seeds) at the published frames that the run reached."""
+    rows, before = [], 0
+    for frame, (mean, std, seeds) in sorted(curve.items()):
+        ours = window(points, frame, frame - before)
+        if ours is not None and points[-1][0] >= frame - (frame - before) // 10:
+            rows.append((frame, ours, mean, std, seeds))
+        before = frame
+    return rows
+
+
+def draw(script, runs, path):
+    """One panel for each task: published mean and deviation, our training episodes and evaluations."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    tasks = sorted({(args["env_id"], args["obs"]) for args, *_ in runs}, key=str)
+    figure, panels = plt.subplots(1, len(tasks), figsize=(5 * len(tasks), 3.5), squeeze=False)
+    for panel, task in zip(panels[0], tasks, strict=True):
+        for args, training, evaluation in runs:
+            if (args["env_id"], args["obs"]) != task:
+                continue
+            end = max(frame for frame, _ in training)
+            curve = {frame: values for frame, values in published(args).items() if frame <= 2 * end}
+            if curve:
+                frames = sorted(curve)
+                means, stds = ([curve[frame][i] for frame in frames] for i in (0, 1))
+                lower, upper = ([m + s * d for m, d in zip(means, stds, strict=True)] for s in (-2, 2))
+                panel.fill_between(frames, lower, upper, color="0.85")
+                panel.plot(frames, means, color="0.5", label="published, mean ± 2 std")
+            panel.plot(*zip(*training, strict=True), ".", markersize=2, alpha=0.4, label="training episodes")
+            if evaluation:
+                panel.plot(*zip(*evaluation, strict=True), "o-", label=f"evaluations, seed {args['seed']}")
+        panel.set_title(f"{task[0]} ({task[1] or 'as it is'})")
+        panel.set_xlabel("environment frames")
+        panel.set_ylabel("return")
+        panel.legend(fontsize=7)
+    figure.suptitle(script)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    print(path)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="*", help="run directories (default: those in benchmarks/results)")
+    parser.add_argument("--docs", default=os.path.join(HERE, "..", "docs"), help="folder of the figures")
+    options = parser.parse_args()
+    results = f"{HERE}/results"
+    folders = options.runs or [f"{results}/{name}" for name in sorted(os.listdir(results))]
+    scripts = collections.defaultdict(list)
+    for folder in folders:
+        if os.path.exists(f"{folder}/metrics.csv"):
+            args, training, evaluation = read_run(folder)
+            scripts[args["script"]].append((args, training, evaluation))
+            print(f"{args['script']} {args['env_id']} seed {args['seed']} ({folder})")
+            for frame, ours, mean, std, seeds in compare(training, published(args)):
+                verdict = "inside" if abs(ours - mean) <= 2 * std else "above" if ours > mean else "below"
+                print(f"  {frame:>9,} frames: {ours:7.1f}   published {mean:7.1f} ± {std:5.1f} ({seeds} seeds)  {verdict}")
+            for frame, value in evaluation:
+                print(f"  {frame:>9,} frames: {value:7.1f}   evaluation")
+    for script, runs in scripts.items():
+        draw(script, runs, os.path.join(options.docs, f"curves_{script}.png"))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,235 @@
+"""How fast a script is on this machine: updates, acting, environment, whole loop, memory; as a table and as JSON.
+
+    python benchmarks/throughput.py dreamer_v3.py                        # all cases, eager
+    python benchmarks/throughput.py dreamer_v3.py --compile --case state # the cases whose name contains "state"
+    python benchmarks/throughput.py dreamer_v3.py --out benchmarks/results
+
+An update is everything between a batch on the device and changed parameters. Times are medians over `--repeats` warm
+calls; CPU times are those of the process, so other programs on the machine hardly change them. The update's operations
+(matrix products and convolutions, forward and backward) are counted by PyTorch and divided by the rate at which this
+machine multiplies large matrices: the share says how far the limit is.
+"""
+
+import argparse
+import datetime
+import importlib.util
+import json
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+
+import gymnasium as gym
+import numpy as np
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+CASES = {
+    "dreamer_v3": {
+        "1m state": "--env-id dmc-walker-walk --obs state --size 1m",
+        "12m state": "--env-id dmc-walker-walk --obs state --size 12m",
+        "12m pixels": "--env-id dmc-walker-walk --obs pixels --size 12m",
+    },
+    "dreamer_v2": {
+        "dmc pixels 50x50": "--env-id dmc-walker-walk --batch-size 50 --batch-length 50",
+        "dmc pixels 16x50": "--env-id dmc-walker-walk --batch-size 16 --batch-length 50",
+    },
+}
+
+
+class CountOperations(TorchDispatchMode):
+    """Counts the operations of matrix products and convolutions, forward and backward."""
+
+    total = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        if function._overloadpacket in flop_registry:
+            self.total += flop_registry[function._overloadpacket](*args, **(kwargs or {}), out_val=out)
+        return out
+
+
+def load(path):
+    """The script at `path` as a module."""
+    name = os.path.splitext(os.path.basename(path))[0]
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def clock(function, repeats, device, warm=2):
+    """Median wall and CPU milliseconds of a call, and the milliseconds of the first one."""
+    times = []
+    for _ in range(warm + repeats):
+        wall, cpu = time.perf_counter(), time.process_time()
+        function()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        times.append(((time.perf_counter() - wall) * 1e3, (time.process_time() - cpu) * 1e3))
+    walls, cpus = zip(*times[warm:], strict=True)
+    return {"wall_ms": statistics.median(walls), "cpu_ms": statistics.median(cpus), "first_wall_ms": times[0][0]}
+
+
+def product_rate(device, dtype):
+    """Operations per second of a large matrix product."""
+    size = 8192 if device.type == "cuda" else 2048
+    a = torch.randn(size, size, device=device, dtype=dtype)
+    timing = clock(lambda: a @ a, 9, device)
+    return 2 * size**3 / (timing["wall_ms" if device.type == "cuda" else "cpu_ms"] / 1e3)
+
+
+def walker_spaces(script, args):
+    """What dmc-walker-walk observes and takes, without making it."""
+    vectors = {"height": (), "orientations": (14,), "velocity": (9,)}
+    spaces = {key: gym.spaces.Box(-np.inf, np.inf, shape) for key, shape in vectors.items()}
+    if args.obs == "pixels":
+        spaces = {"image": gym.spaces.Box(0, 255, (args.image_size, args.image_size, 3), np.uint8)}
+    return spaces, gym.spaces.Box(-1, 1, (6,))
+
+
+def batch(script, args, agent, spaces):
+    """A batch from a replay that was filled with random steps."""
+    rng = np.random.default_rng(0)
+    stored = {key: (space.shape, space.dtype) for key, space in spaces.items()}
+    stored |= {key: ((), "bool") for key in script.FLAGS} | {"reward": ((), "float32")} | agent.replay_spaces()
+    steps = 4 * args.batch_length
+    with tempfile.TemporaryDirectory() as folder:
+        replay = script.Replay(folder, stored, args.batch_size, steps, args.batch_length)
+        for t in range(steps):
+            step = {}
+            for key, (shape, dtype) in stored.items():
+                shape = (args.batch_size, *shape)
+                whole = np.issubdtype(np.dtype(dtype), np.integer)
+                step[key] = rng.integers(0, 2, shape) if whole else rng.standard_normal(shape)
+            for key, space in spaces.items():
+                if space.dtype == np.uint8:
+                    step[key] = rng.integers(0, 256, (args.batch_size, *space.shape))
+            ends = t % args.batch_length == args.batch_length - 1
+            flags = dict(is_first=t % args.batch_length == 0, is_last=ends, is_terminal=False)
+            replay.add(step | {key: np.full(args.batch_size, flag) for key, flag in flags.items()})
+        return script.to_tensors(replay.sample(args.batch_size, rng)[0], agent.device)
+
+
+def measure(script, flags, options):
+    """All figures of one case."""
+    args = script.parse_args(flags.split() + (["--compile"] if options.compile else []))
+    device, *_ = script.setup(args)
+    spaces, action_space = walker_spaces(script, args)
+    agent = script.Agent(args, spaces, action_space, device)
+    row = {"parameters": sum(p.numel() for p in agent.trained), "batch": [args.batch_size, args.batch_length]}
+    data = batch(script, args, agent, spaces)
+    if not options.compile:
+        with CountOperations() as counter:
+            agent.update(data)
+        row["update_gflop"] = counter.total / 1e9
+    update = script.Graph(agent.update, device)
+    row["update"] = clock(lambda: update(data), options.repeats, device, warm=5 if device.type == "cuda" else 2)
+    amp = device.type == "cuda" and args.amp
+    if "update_gflop" in row:
+        rate = product_rate(device, torch.bfloat16 if amp else torch.float32)
+        seconds = row["update"]["wall_ms" if device.type == "cuda" else "cpu_ms"] / 1e3
+        row |= {"product_gflops": rate / 1e9, "share_of_product_rate": row["update_gflop"] * 1e9 / rate / seconds}
+    row["act"] = {}
+    for envs in (1, 4, 16):
+        obs = {key: np.stack([space.sample() for _ in range(envs)]) for key, space in spaces.items()}
+        obs = script.to_tensors(obs, device)
+        obs |= {key: torch.zeros(envs, dtype=torch.bool, device=device) for key in script.FLAGS}
+        act, carry = script.Graph(agent.act, device), agent.initial(envs)
+        row["act"][envs] = clock(lambda act=act, obs=obs, carry=carry: act(obs, carry), 20, device, warm=5)
+    row["peak_rss_gb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+    if device.type == "cuda":
+        row["peak_gpu_gb"] = torch.cuda.max_memory_allocated() / 1e9
+    if not options.no_loop:
+        row |= loop(script, args, flags, options)
+    return row
+
+
+def loop(script, args, flags, options):
+    """Frames per second of the environments alone and of the whole loop, from the moment updates begin."""
+    envs = script.make_envs(args, args.num_envs)
+    envs.reset(seed=[0] * args.num_envs)
+    action = np.stack([envs.single_action_space.sample() for _ in range(args.num_envs)])
+    timing = clock(lambda: envs.step(action), 40, torch.device("cpu"))
+    envs.close()
+    frames = args.num_envs * args.action_repeat
+    row = {"env_frames_per_s": frames / timing["wall_ms"] * 1e3, "num_envs": args.num_envs}
+    with tempfile.TemporaryDirectory() as folder:
+        quiet = subprocess.DEVNULL
+        start = (args.batch_size + args.num_envs) * args.batch_length * args.action_repeat
+        window = int(options.loop_updates * args.action_repeat / script.updates_per_step(args))
+        window = max(frames, window // frames * frames)
+        start = -(-start // window) * window
+        command = [sys.executable, script.__file__, *flags.split(), "--run-dir", folder, "--eval-every", "0"]
+        command += ["--total-timesteps", str(start + window), "--log-every", str(window)]
+        subprocess.run(command + (["--compile"] if options.compile else []), check=True, stdout=quiet, stderr=quiet)
+        with open(f"{folder}/{os.listdir(folder)[0]}/metrics.csv") as file:
+            row["loop_frames_per_s"] = [float(x.split(",")[2]) for x in file if ",charts/SPS," in x][-1]
+    return row
+
+
+def machine(options):
+    """What the figures were measured on."""
+    name = platform.processor()
+    if os.path.exists("/proc/cpuinfo"):
+        with open("/proc/cpuinfo") as file:
+            name = next((line.split(":")[1].strip() for line in file if line.startswith("model name")), name)
+    command = ["git", "rev-parse", "--short", "HEAD"]
+    commit = subprocess.run(command, capture_output=True, text=True, cwd=os.path.dirname(os.path.abspath(__file__)))
+    cuda = torch.cuda.is_available()
+    return {
+        "date": datetime.date.today().isoformat(),
+        "commit": commit.stdout.strip(),
+        "cpu": name,
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if cuda else None,
+        "torch": torch.__version__,
+        "compile": options.compile,
+        "load": os.getloadavg(),
+    }
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("script", help="path of the script")
+    parser.add_argument("--case", default="", help="only cases whose name contains this")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads (default: 1)")
+    parser.add_argument("--repeats", type=int, default=10, help="warm updates that are timed (default: 10)")
+    parser.add_argument("--compile", action="store_true", help="with torch.compile")
+    parser.add_argument("--no-loop", action="store_true", help="leave out environment and whole loop")
+    parser.add_argument("--loop-updates", type=int, default=32, help="updates for which the loop is timed (default: 32)")
+    parser.add_argument("--out", help="folder for the JSON file")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    script = load(options.script)
+    result = {"script": script.__name__, "machine": machine(options), "cases": {}}
+    print(" ".join(f"{key}={value}" for key, value in result["machine"].items()))
+    print("case                  update ms   cpu ms  first s    GFLOP  share  act ms (1, 4, 16 envs)   env f/s  loop f/s   GB")
+    for name, flags in CASES[script.__name__].items():
+        if options.case not in name:
+            continue
+        row = result["cases"][name] = measure(script, flags, options)
+        update, none = row["update"], float("nan")
+        print(f"{name:20} {update['wall_ms']:10.1f} {update['cpu_ms']:8.1f} {update['first_wall_ms'] / 1e3:8.1f}", end=" ")
+        print(f"{row.get('update_gflop', none):8.1f} {row.get('share_of_product_rate', none):6.2f} ", end=" ")
+        print(" ".join(f"{timing['wall_ms']:7.2f}" for timing in row["act"].values()), end=" ")
+        print(f"{row.get('env_frames_per_s', none):10.0f} {row.get('loop_frames_per_s', none):9.1f}", end=" ")
+        print(f"{row['peak_rss_gb']:4.1f}", flush=True)
+    if options.out:
+        device = (result["machine"]["gpu"] or "cpu").lower().replace(" ", "-")
+        kind = "compiled" if options.compile else "eager"
+        path = f"{options.out}/throughput_{script.__name__}_{device}_{kind}_{result['machine']['date']}.json"
+        with open(path, "w") as file:
+            json.dump(result, file, indent=1)
+        print(path)
+
+
+if __name__ == "__main__":
+    main()
