@@ -13,16 +13,20 @@ sequences, and an actor and a critic from sequences that the model imagines. One
 What changed since dreamer_v2.py:
  [C1] Vectors are squashed by symlog; reward and value are categorical over exponentially spaced bins (two-hot).
  [C2] Block-diagonal GRU with one input layer for each of deter, stoch and action; RMSNorm and SiLU everywhere.
- [C3] 1 % of every latent's probability is uniform.
+ [C3] 1 % of every latent's probability is uniform; no Gaussian latents.
  [C4] KL split in a dynamics and a representation loss, each with one free nat per step, scales 1 and 0.1.
  [C5] Convolutions with max-pooling and with upsampling; the decoder's first map comes from block-wise layers.
  [C6] REINFORCE for all actions, returns scaled by their 5th to 95th percentile, a fixed entropy bonus, bounded normal.
  [C7] Returns from the online critic; its slow average regularises it; the critic learns on replayed sequences too.
- [C8] The continue head contains the discount and applies to the start of imagination too, as predicted.
+ [C8] The continue head's prediction applies to the start of imagination too; returns start with the next reward.
  [C9] One optimizer for everything: adaptive gradient clipping, LaProp, warm-up.
 [C10] Truncated-normal initialisation by fan-in; reward and critic heads start at zero, the actor's near it.
 [C11] Replay: sequences of one step more that start from stored latents, refreshed after each update; new ones first.
 [C12] Train ratio instead of a fixed schedule, no random prefill, no pretraining; model sizes from 1m to 400m.
+Gone with them: tanh_rewards, normal_loss [C1]; layer_norm, LayerNorm [C2]; gaussian, kl_gaussian [C3]; kl_scale,
+kl_balance, balance_kl [C4]; Deconv [C5]; actor_gradient, actor_gradient_mix [C6]; critic, slow_critic_every [C7];
+discount, predict_continue, continue_scale [C8]; Adam, model_rate, actor_rate, critic_rate, epsilon, weight_decay [C9];
+prioritise_ends [C11]; train_every, prefill, pretrain [C12]; of the ablations representation_from, behaviour_from.
 
 Two protocols: the published curves (DMC: action repeat 2, train ratio 512, size 12m, 5 to 10 seeds, 500k frames from
 state and 1M from pixels), which PRESETS["dmc"] follows so that ours can be laid over them, and the authors' current
@@ -50,6 +54,7 @@ import re
 import shutil
 import signal
 import sys
+import sysconfig
 import time
 import urllib.parse
 from ctypes.util import find_library
@@ -143,7 +148,7 @@ class Args:
     units: int | None = None
     """[C12] units of all other layers"""
     stoch: int = 32
-    """categorical variables of the stochastic state"""
+    """[C3] categorical variables of the stochastic state"""
     blocks: int = 8
     """[C2] blocks of the GRU's block-diagonal layers"""
     decoder_blocks: int = 8
@@ -181,14 +186,14 @@ class Args:
     batch_size: int = 16
     """sequences of a batch"""
     batch_length: int = 64
-    """steps of a sequence"""
+    """[C12] steps of a sequence"""
     train_ratio: float = 32
     """[C12] replayed steps per step of the agent"""
     replay_size: int = 5_000_000
-    """steps that the replay holds"""
+    """[C12] steps that the replay holds"""
 
 
-SIZES = {  # arXiv:2301.04104v2, Table 3, and size1m from the authors' configs.yaml
+SIZES = {  # [C12] arXiv:2301.04104v2, Table 3, and size1m from the authors' configs.yaml
     "1m": dict(deter=512, hidden=64, classes=4, depth=4, units=64),
     "12m": dict(deter=2048, hidden=256, classes=16, depth=16, units=256),
     "25m": dict(deter=3072, hidden=384, classes=24, depth=24, units=384),
@@ -197,7 +202,7 @@ SIZES = {  # arXiv:2301.04104v2, Table 3, and size1m from the authors' configs.y
     "200m": dict(deter=8192, hidden=1024, classes=64, depth=64, units=1024),
     "400m": dict(deter=12288, hidden=1536, classes=96, depth=96, units=1536),
 }
-PRESETS = {  # by the first word of --env-id, then by that word and --obs
+PRESETS = {  # [C12] by the first word of --env-id, then by that word and --obs
     "dmc": dict(obs="pixels", action_repeat=2, num_envs=8, size="12m", train_ratio=512),
     "dmc-state": dict(total_timesteps=500_000),
     "atari": dict(total_timesteps=200_000_000, action_repeat=4, num_envs=16, image_size=96, train_ratio=32),
@@ -212,8 +217,8 @@ PRESETS = {  # by the first word of --env-id, then by that word and --obs
 
 
 SCRIPT = Args().exp_name
-FIXED = ("env_id", "obs", "image_size", "action_repeat", "num_envs", "replay_size", "batch_length", "stoch", "bins")
-FIXED += ("size", "deter", "hidden", "classes", "depth", "units", "blocks", "decoder_blocks")  # [C12]
+FIXED = ("seed", "env_id", "obs", "image_size", "action_repeat", "num_envs", "replay_size", "batch_length", "stoch")
+FIXED += ("bins", "size", "deter", "hidden", "classes", "depth", "units", "blocks", "decoder_blocks")  # [C12]
 
 
 class Failure(Exception):
@@ -225,9 +230,10 @@ class Interrupted(Failure):
 
 
 def parse_args(argv=None):
-    """Command line -> Args: defaults, then the run's own or the suite's preset, then the flags that were given."""
+    """Command line -> Args: defaults, then the run's own or the suite's preset, then the flags that were given.
+    Changed from dreamer_v2.py: [C12]"""
     argv = sys.argv[1:] if argv is None else list(argv)
-    presets = "\n".join(f"{name}: {show(preset)}" for name, preset in PRESETS.items())
+    presets = "\n".join(f"    {name}: {show(preset)}" for name, preset in PRESETS.items())
     text = f"{__doc__}\nPresets by the first word of --env-id:\n{presets}"
     cli = lambda default: tyro.cli(Args, args=argv, default=default, description=text)  # noqa: E731
     args = cli(Args())
@@ -297,6 +303,8 @@ class DeepMindControl(gym.Env):
             from dm_control import suite as dmc
         except ImportError as error:
             raise Failure(f"cannot import dm_control ({error}): pip install -r requirements.txt") from None
+        except AttributeError:  # PyOpenGL, if the library that the user named is not there
+            raise Failure(f"MUJOCO_GL={os.environ['MUJOCO_GL']}: {NO_OPENGL}") from None
         domain, _, task = name.replace("cup-", "ball_in_cup-", name.startswith("cup-")).partition("-")
         if (domain, task) not in dmc.ALL_TASKS:
             tasks = " ".join(f"dmc-{d}-{t}" for d, t in dmc.ALL_TASKS)
@@ -313,6 +321,10 @@ class DeepMindControl(gym.Env):
         if obs != "state":
             spaces["image"] = gym.spaces.Box(0, 255, (image_size, image_size, 3), np.uint8)
         self.observation_space = gym.spaces.Dict(spaces)
+        try:  # here, where it can be reported, not in a process of its own
+            _ = self.render() if obs != "state" else None
+        except Exception as error:
+            raise Failure(f"{NO_OPENGL}; MuJoCo says: {' '.join(str(error).split())}") from None
 
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)
@@ -454,10 +466,6 @@ class Episodes(gym.Wrapper):
             obs = self.step(action)[0]
         return obs
 
-    def position(self):
-        """Index, run seed and number of the episode."""
-        return self.index, self.run_seed, self.episode
-
     def abandon(self, which):
         """Ends the episode of the environments `which`: their next step resets."""
         self.over = self.over or self.index in which
@@ -480,9 +488,12 @@ def make_env(args, index=0):
             env = gym.wrappers.AtariPreprocessing(env, 30, repeat, args.image_size, grayscale_obs=full)
             repeat = 1
         else:
-            env = gym.make(args.env_id, render_mode="rgb_array")
+            try:
+                env = gym.make(args.env_id, render_mode="rgb_array")
+            except TypeError:  # it knows no render_mode
+                env = gym.make(args.env_id)
     except (gym.error.Error, ImportError) as error:
-        hint = "; write dmc-<domain>-<task>, atari-<game>, a Gymnasium id or <module>:<id>"
+        hint = "; --size 1m, --obs state and fewer --total-timesteps make it hours" if hours > 24 else ""
         raise Failure(f"--env-id {args.env_id}: {' '.join(str(error).split())}{hint}") from None
     if limit:
         env = gym.wrappers.TimeLimit(env, limit // (1 if repeat > 1 else args.action_repeat))
@@ -498,7 +509,8 @@ def make_envs(args, count, first=0):
     if count == 1 or not pixels:
         return gym.vector.SyncVectorEnv(thunks, autoreset_mode="Disabled")
     thunks = [ignoring_interrupts(thunk) for thunk in thunks]
-    # a forked process must not inherit this one's OpenGL and CUDA
+    # forked from a clean process, which must not inherit this one's OpenGL and CUDA but has the imports that take long
+    multiprocessing.set_forkserver_preload(["cv2", "gymnasium", "torch.utils.tensorboard", "tyro"])
     return gym.vector.AsyncVectorEnv(thunks, autoreset_mode="Disabled", context="forkserver")
 
 
@@ -524,6 +536,7 @@ class Replay:
 
     Step t holds observation t, the action that led to it, its reward, its flags and what the agent adds to it. All
     streams grow together. Failure when the disk is too small or full; nothing that was written before is lost then.
+    Changed from dreamer_v2.py: [C11]
     """
 
     def __init__(self, folder, spaces, num_envs, capacity, length):
@@ -570,7 +583,7 @@ class Replay:
         self.reserved = stop
 
     def add(self, step):
-        """Appends one step of every environment: key -> array (envs, ...)."""
+        """Appends one step of every environment: key -> array (envs, ...). Changed from dreamer_v2.py: [C11]"""
         self.reserve()
         for key, array in self.arrays.items():
             array[self.count % self.capacity] = step[key]
@@ -580,16 +593,18 @@ class Replay:
             self.fresh += [[self.count - self.length - 1, env] for env in range(self.num_envs)]
 
     def __len__(self):
-        """Number of sequences that can be sampled."""
+        """Number of sequences that can be sampled. Changed from dreamer_v2.py: [C11]"""
         return max(0, min(self.count, self.capacity) - self.length) * self.num_envs
 
     def draw(self, count, rng):
-        """Starts of sequences, uniformly, over the ends of episodes: (count, 2), step and stream."""
+        """Starts of sequences, uniformly, over the ends of episodes: (count, 2), step and stream.
+        Changed from dreamer_v2.py: [C11]"""
         steps = rng.integers(max(0, self.count - self.capacity), self.count - self.length, count)
         return np.stack([steps, rng.integers(self.num_envs, size=count)], 1)
 
     def get(self, starts):
-        """Sequences -> key -> array (B, T, ...), with the latents (B, ...) of the step before them; where they are."""
+        """Sequences -> key -> array (B, T, ...), with the latents (B, ...) of the step before them; where they are.
+        Changed from dreamer_v2.py: [C11]"""
         rows, env = (starts[:, :1] + np.arange(self.length + 1)) % self.capacity, starts[:, 1:]
         index = rows[:, 1:], env
         data = {key: array[index] for key, array in self.arrays.items() if key not in LATENTS}
@@ -597,7 +612,7 @@ class Replay:
         return data | {key: self.arrays[key][rows[:, 0], env[:, 0]] for key in LATENTS}, index
 
     def sample(self, batch_size, rng):
-        """A batch, as `get` returns it: fresh sequences first."""
+        """A batch, as `get` returns it: fresh sequences first. Changed from dreamer_v2.py: [C11]"""
         oldest = max(0, self.count - self.capacity)
         fresh, self.fresh = [x for x in self.fresh[:batch_size] if x[0] >= oldest], self.fresh[batch_size:]
         return self.get(np.concatenate([np.array(fresh, int).reshape(-1, 2), self.draw(batch_size - len(fresh), rng)]))
@@ -623,17 +638,17 @@ class Replay:
 
 
 def symlog(x):
-    """Eq. 9 (arXiv:2301.04104v2)."""
+    """Eq. 9 (arXiv:2301.04104v2). [C1]"""
     return x.sign() * x.abs().log1p()
 
 
 def symexp(x):
-    """Inverse of symlog; Eq. 9 (arXiv:2301.04104v2)."""
+    """Inverse of symlog; Eq. 9 (arXiv:2301.04104v2). [C1]"""
     return x.sign() * x.abs().expm1()
 
 
 def twohot_bins(bins, device=None):
-    """Bins of reward and value: symexp of (bins,) even steps from -20 to 20, exactly antisymmetric; Eq. 10."""
+    """Bins of reward and value: symexp of (bins,) even steps from -20 to 20, exactly antisymmetric; Eq. 10. [C1]"""
     half = symexp(torch.linspace(-20, 0, bins // 2 + 1, device=device))
     return torch.cat([half, -half[:-1].flip(0)])
 
@@ -642,6 +657,7 @@ def twohot_mean(logit):
     """Expected value of symexp two-hot logits (..., X) -> (...); uniform logits give exactly 0; Eq. 10.
 
     The bins reach 4.9e8: summed in symmetric pairs, or the mean would drown in rounding errors.
+    [C1]
     """
     bins, half = twohot_bins(logit.shape[-1], logit.device), logit.shape[-1] // 2
     probs = logit.softmax(-1)
@@ -652,6 +668,7 @@ def twohot_loss(logit, *targets):
     """Sum over the targets (...) of the cross entropy of logits (..., X) with the two-hot target; Eq. 11.
 
     The two bins around the target share the weight by their distance to it, in the space of the target itself.
+    [C1]
     """
     bins = twohot_bins(logit.shape[-1], logit.device)
     log_probs, loss = logit.log_softmax(-1), 0.0
@@ -665,7 +682,8 @@ def twohot_loss(logit, *targets):
 
 
 def unimix(logit, amount):
-    """Logits -> probabilities with a uniform share (p. 5). Written out: softmax over few classes is slow on a CPU."""
+    """Logits -> probabilities with a uniform share (p. 5). Written out: softmax over few classes is slow on a CPU.
+    [C3]"""
     exp = (logit - logit.detach().amax(-1, keepdim=True)).exp()
     return (1 - amount) * (exp / exp.sum(-1, keepdim=True)) + amount / logit.shape[-1]
 
@@ -679,7 +697,8 @@ def sample_onehot(probs, noise):
 
 
 def kl_divergence(p, q):
-    """KL of categorical probabilities (..., S, K), summed over the variables: (...)."""
+    """KL of categorical probabilities (..., S, K), summed over the variables: (...).
+    Changed from dreamer_v2.py: [C3]"""
     return (p * (p.log() - q.log())).sum((-2, -1))
 
 
@@ -695,6 +714,7 @@ def lambda_return(reward, cont, last, value, bootstrap, lambda_):
     """λ-returns: (N, T) each -> (N, T - 1); Eq. 6 (arXiv:2301.04104v2), over episode ends as in the authors' code.
 
     R_t = r_t+1 + c_t+1 · ((1 - λ_t+1) v_t+1 + λ_t+1 R_t+1), λ_t = λ (1 - last_t), R_T-1 = bootstrap.
+    Changed from dreamer_v2.py: [C8]
     """
     lambda_ = lambda_ * (1 - last)
     interim = reward + cont * (1 - lambda_) * value
@@ -708,13 +728,13 @@ def lambda_return(reward, cont, last, value, bootstrap, lambda_):
 
 
 def initialise(weight, fan_in, scale=1.0):
-    """Truncated normal with standard deviation scale / sqrt(fan_in)."""
+    """Truncated normal with standard deviation scale / sqrt(fan_in). Changed from dreamer_v2.py: [C10]"""
     std = 1.1368 * scale / math.sqrt(fan_in)
     return nn.init.trunc_normal_(weight, 0.0, std, -2 * std, 2 * std) if scale else nn.init.zeros_(weight)
 
 
 class Linear(nn.Linear):
-    """Fully connected layer (..., inp) -> (..., out)."""
+    """Fully connected layer (..., inp) -> (..., out). Changed from dreamer_v2.py: [C10]"""
 
     def __init__(self, inp, out, scale=1.0):
         super().__init__(inp, out)
@@ -723,7 +743,7 @@ class Linear(nn.Linear):
 
 
 class BlockLinear(nn.Module):
-    """`blocks` layers side by side, each from its part of the input to its part of the output."""
+    """`blocks` layers side by side, each from its part of the input to its part of the output. [C2]"""
 
     def __init__(self, inp, out, blocks):
         super().__init__()
@@ -738,7 +758,7 @@ class BlockLinear(nn.Module):
 
 
 class Conv(nn.Conv2d):
-    """5×5 convolution of images (B, H, W, C), same size."""
+    """5×5 convolution of images (B, H, W, C), same size. Changed from dreamer_v2.py: [C5]"""
 
     def __init__(self, inp, out):
         super().__init__(inp, out, 5, padding=2)
@@ -754,6 +774,7 @@ class UpsampleConv(Conv):
 
     Of the five rows that an output row sees, an even one has the input rows -1 -1 0 0 1, an odd one -1 0 0 1 1: kernel
     rows that meet the same input row are summed first, which leaves a 3×3 kernel for each of the four places.
+    [C5]
     """
 
     def __init__(self, inp, out):
@@ -769,7 +790,7 @@ class UpsampleConv(Conv):
 
 
 class RMSNorm(nn.Module):
-    """x / sqrt(mean(x²) + 1e-4) · scale over the last axis, in float32."""
+    """x / sqrt(mean(x²) + 1e-4) · scale over the last axis, in float32. [C2]"""
 
     def __init__(self, size):
         super().__init__()
@@ -780,14 +801,15 @@ class RMSNorm(nn.Module):
 
 
 class Layer(nn.Sequential):
-    """Linear, RMSNorm, SiLU."""
+    """Linear, RMSNorm, SiLU. Changed from dreamer_v2.py: [C2]"""
 
     def __init__(self, inp, units):
         super().__init__(Linear(inp, units), RMSNorm(units), nn.SiLU())
 
 
 class MLP(nn.Sequential):
-    """`layers` layers and a linear output, in float32: (..., inp) -> (..., out)."""
+    """`layers` layers and a linear output, in float32: (..., inp) -> (..., out).
+    Changed from dreamer_v2.py: [C2], [C10]"""
 
     def __init__(self, inp, out, layers, units, scale=1.0):
         super().__init__(*[Layer(units if i else inp, units) for i in range(layers)], Linear(units, out, scale))
@@ -797,7 +819,8 @@ class MLP(nn.Sequential):
 
 
 class Encoder(nn.Module):
-    """Observations (B, T, ...) -> embed (B, T, E): vectors through an MLP, images through convolutions."""
+    """Observations (B, T, ...) -> embed (B, T, E): vectors through an MLP, images through convolutions.
+    Changed from dreamer_v2.py: [C2], [C5]"""
 
     def __init__(self, spaces, args):
         super().__init__()
@@ -829,7 +852,8 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Features (B, T, F) -> key -> means: symlog of vectors, images in [0, 1], logits of classes."""
+    """Features (B, T, F) -> key -> means: symlog of vectors, images in [0, 1], logits of classes.
+    Changed from dreamer_v2.py: [C2], [C5]"""
 
     def __init__(self, spaces, args):
         super().__init__()
@@ -887,7 +911,7 @@ def vector_shape(space):
 
 
 def vector_input(value, space):
-    """(B, T, ...) -> (B, T, vector_size): symlog of vectors, one-hot of classes."""
+    """(B, T, ...) -> (B, T, vector_size): symlog of vectors, one-hot of classes. Changed from dreamer_v2.py: [C1]"""
     if isinstance(space, gym.spaces.Discrete):
         return F.one_hot(value, int(space.n)).float()
     return symlog(value).flatten(2) if value.ndim > 2 else symlog(value).unsqueeze(-1)
@@ -897,7 +921,8 @@ def vector_input(value, space):
 
 
 class RSSM(nn.Module):
-    """Recurrent state-space model, p. 3 (arXiv:2301.04104v2): a state is deter (B, D) and stoch (B, S, K)."""
+    """Recurrent state-space model, Eq. 3 (arXiv:2301.04104v2): a state is deter (B, D) and stoch (B, S, K).
+    Changed from dreamer_v2.py: [C2]"""
 
     def __init__(self, args, embed_dim, action_dim):
         super().__init__()
@@ -921,7 +946,8 @@ class RSSM(nn.Module):
 
     def kernels(self):
         """What a scan uses at every step, made once: parts of the mixing layer for deter, for its inputs from deter and
-        stoch and for the action, parts of the gates for reset, candidate and update, parts of the posterior's layer."""
+        stoch and for the action, parts of the gates for reset, candidate and update, parts of the posterior's layer.
+        Changed from dreamer_v2.py: [C2]"""
         args = self.args
         deter, inputs = self.mix.weight.split([args.deter // args.blocks, 3 * args.hidden], 1)
         inputs, action = inputs.transpose(0, 1).flatten(1).split([2 * args.hidden, args.hidden])
@@ -933,12 +959,14 @@ class RSSM(nn.Module):
         return tree_map(lambda kernel: kernel.bfloat16(), kernels) if half else kernels
 
     def action_input(self, action, kernels):
-        """The action's share of the mixing layer, for all steps at once: (..., A) -> (..., D)."""
+        """The action's share of the mixing layer, for all steps at once: (..., A) -> (..., D).
+        Changed from dreamer_v2.py: [C2]"""
         action = action / action.detach().abs().clamp(min=1)
         return self.action_in(action) @ kernels["action"] + self.mix.bias
 
     def core(self, deter, stoch, action_input, kernels):
-        """Block GRU: deter (B, D), stoch (B, S, K), the action's share (B, D) -> next deter (B, D)."""
+        """Block GRU: deter (B, D), stoch (B, S, K), the action's share (B, D) -> next deter (B, D).
+        Changed from dreamer_v2.py: [C2]"""
         blocks = lambda x: x.unflatten(-1, (self.args.blocks, -1)).transpose(0, 1)  # noqa: E731
         inputs = torch.cat([self.deter_in(deter), self.stoch_in(stoch.flatten(1))], -1)
         x = torch.bmm(blocks(deter), kernels["deter"]).transpose(0, 1).flatten(1)
@@ -949,11 +977,11 @@ class RSSM(nn.Module):
         return torch.lerp(blocks(deter), cand.float(), torch.sigmoid(update - 1).float()).transpose(0, 1).flatten(1)
 
     def logit(self, x):
-        """(..., S*K) -> (..., S, K)."""
+        """(..., S*K) -> (..., S, K). Changed from dreamer_v2.py: [C3]"""
         return x.float().unflatten(-1, (self.args.stoch, self.args.classes))
 
     def probs(self, logit):
-        """Logits of stoch -> probabilities."""
+        """Logits of stoch -> probabilities. [C3]"""
         return unimix(logit, self.args.unimix)
 
     def prior(self, deter):
@@ -961,19 +989,19 @@ class RSSM(nn.Module):
         return self.logit(self.prior_net(deter))
 
     def obs_step(self, state, action_input, embed_input, mask, noise, kernels):
-        """One step with an observation -> state, posterior's logits (B, S, K)."""
+        """One step with an observation -> state, posterior's logits (B, S, K). Changed from dreamer_v2.py: [C3]"""
         deter = self.core(state[0] * mask, state[1] * mask.unsqueeze(-1), action_input, kernels)
         _, norm, activation = self.post_in
         logit = self.logit(self.post_out(activation(norm(deter @ kernels["post"] + embed_input))))
         return (deter, sample_onehot(self.probs(logit), noise)), logit
 
     def img_step(self, state, action, noise, kernels):
-        """One step without: state, action (B, A), noise (B, S, 1) -> state."""
+        """One step without: state, action (B, A), noise (B, S, 1) -> state. Changed from dreamer_v2.py: [C3]"""
         deter = self.core(*state, self.action_input(action, kernels), kernels)
         return deter, sample_onehot(self.probs(self.prior(deter)), noise)
 
     def observe(self, embed, action, is_first, start, noise):
-        """Posterior states along a sequence, Eq. 3 (arXiv:2301.04104v2).
+        """Posterior states along a sequence.
 
         embed (B, T, E), action (B, T, A) that led to each step, is_first (B, T), start state, noise (B, T, S, 1)
         -> deter (B, T, D), stoch (B, T, S, K), logit (B, T, S, K).
@@ -1009,7 +1037,7 @@ def feature(deter, stoch):
 
 
 class WorldModel(nn.Module):
-    """Encoder, RSSM, decoder, reward head and continue head."""
+    """Encoder, RSSM, decoder, reward head and continue head. Changed from dreamer_v2.py: [C1]"""
 
     def __init__(self, args, spaces, action_dim):
         super().__init__()
@@ -1025,6 +1053,7 @@ class WorldModel(nn.Module):
         """Eq. 4 and 5 (arXiv:2301.04104v2) -> losses (B, T) by name, deter, stoch, feat; stats.
 
         data: observations (B, T, ...), action, reward, is_first, is_last, is_terminal; noise (B, T, S, 1).
+        Changed from dreamer_v2.py: [C1], [C4]
         """
         embed = self.encoder(data)  # (B, T, E)
         deter, stoch, logit = self.rssm.observe(embed, data["action"], data["is_first"], start, noise)
@@ -1049,7 +1078,8 @@ class WorldModel(nn.Module):
         return losses, deter, stoch, feat, stats
 
     def recon_loss(self, key, mean, target):
-        """Squared error of images in [0, 1] and of symlog vectors, cross entropy of classes: (B, T)."""
+        """Squared error of images in [0, 1] and of symlog vectors, cross entropy of classes: (B, T).
+        Changed from dreamer_v2.py: [C1], [C5]"""
         space = self.spaces[key]
         if isinstance(space, gym.spaces.Discrete):
             return F.cross_entropy(mean.flatten(0, 1), target.flatten(), reduction="none").view_as(target)
@@ -1057,15 +1087,17 @@ class WorldModel(nn.Module):
         return (mean - target).square().flatten(2).sum(-1) if mean.ndim > 2 else (mean - target).square()
 
     def reward(self, feat):
-        """(..., F) -> expected reward (...)."""
+        """(..., F) -> expected reward (...). Changed from dreamer_v2.py: [C1]"""
         return twohot_mean(self.reward_head(feat))
 
     def cont(self, feat):
-        """(..., F) -> probability, times the discount, that the episode goes on (...)."""
+        """(..., F) -> probability, times the discount, that the episode goes on (...).
+        Changed from dreamer_v2.py: [C8]"""
         return self.continue_head(feat).squeeze(-1).sigmoid()
 
     def decode(self, feat):
-        """(B, T, F) -> observations as the environment gives them, key -> (B, T, ...)."""
+        """(B, T, F) -> observations as the environment gives them, key -> (B, T, ...).
+        Changed from dreamer_v2.py: [C1], [C5]"""
         obs = {}
         for key, mean in self.decoder(feat).items():
             if isinstance(self.spaces[key], gym.spaces.Discrete):
@@ -1079,7 +1111,8 @@ class WorldModel(nn.Module):
 
 
 class Actor(nn.Module):
-    """Policy over one-hot actions (categorical) or actions in [-1, 1]^A (normal, bounded mean and deviation)."""
+    """Policy over one-hot actions (categorical) or actions in [-1, 1]^A (normal, bounded mean and deviation).
+    Changed from dreamer_v2.py: [C2], [C6]"""
 
     def __init__(self, args, feat_dim, action_dim, discrete):
         super().__init__()
@@ -1088,7 +1121,8 @@ class Actor(nn.Module):
         self.outputs = nn.ModuleList(Linear(args.units, action_dim, 0.01) for _ in range(1 if discrete else 2))
 
     def forward(self, feat):
-        """(..., F) -> log-probabilities (..., A), or mean and standard deviation (..., A)."""
+        """(..., F) -> log-probabilities (..., A), or mean and standard deviation (..., A).
+        Changed from dreamer_v2.py: [C6]"""
         x = self.layers(feat)
         outputs = [output(x).float() for output in self.outputs]
         if self.discrete:
@@ -1096,7 +1130,8 @@ class Actor(nn.Module):
         return outputs[0].tanh(), 0.9 * torch.sigmoid(outputs[1] + 2) + 0.1
 
     def sample(self, policy, noise):
-        """Noise: uniform (..., 1) or normal (..., A) -> action (..., A), not clipped."""
+        """Noise: uniform (..., 1) or normal (..., A) -> action (..., A), not clipped.
+        Changed from dreamer_v2.py: [C6]"""
         return sample_onehot(policy[0].exp(), noise) if self.discrete else policy[0] + policy[1] * noise
 
     def log_prob(self, policy, action):
@@ -1112,7 +1147,7 @@ class Actor(nn.Module):
 
 
 class Behaviour(nn.Module):
-    """Actor, critic, the critic's slow average and the range of returns."""
+    """Actor, critic, the critic's slow average and the range of returns. Changed from dreamer_v2.py: [C1], [C7]"""
 
     def __init__(self, args, action_dim, discrete):
         super().__init__()
@@ -1130,6 +1165,7 @@ class Behaviour(nn.Module):
 
         Eq. 7 to 12 (arXiv:2301.04104v2); data as for the world model; deter (B, T, D), stoch (B, T, S, K), feat
         (B, T, F); noise: prior (N, H, S, 1), action (N, R, 1 or A).
+        Changed from dreamer_v2.py: [C6], [C7], [C8]
         """
         args, actor = self.args, self.actor
         with torch.no_grad():
@@ -1172,7 +1208,8 @@ class Behaviour(nn.Module):
         return losses, stats
 
     def scale(self, returns):
-        """What returns are divided by: max(1, range from the 5th to the 95th percentile), Eq. 7; updates the range."""
+        """What returns are divided by: max(1, range from the 5th to the 95th percentile), Eq. 7; updates the range.
+        [C6]"""
         if dist.is_initialized():
             parts = [torch.empty_like(returns) for _ in range(dist.get_world_size())]
             dist.all_gather(parts, returns)
@@ -1191,7 +1228,7 @@ class Behaviour(nn.Module):
 
 
 class LaProp:
-    """Adaptive gradient clipping, then RMS scaling, then momentum, then a warmed-up learning rate (p. 8)."""
+    """Adaptive gradient clipping, then RMS scaling, then momentum, then a warmed-up learning rate (p. 8). [C9]"""
 
     def __init__(self, params, args):
         self.params, self.args = list(params), args
@@ -1226,7 +1263,8 @@ class LaProp:
 
 
 class Agent(nn.Module):
-    """World model, behaviour and optimizer: what is trained, what acts, what is saved."""
+    """World model, behaviour and optimizer: what is trained, what acts, what is saved.
+    Changed from dreamer_v2.py: [C9]"""
 
     def __init__(self, args, spaces, action_space, device="cpu"):
         super().__init__()
@@ -1238,7 +1276,7 @@ class Agent(nn.Module):
         self.to(device)
         self.trained = [p for p in self.parameters() if p.requires_grad]
         self.optimizer = LaProp(self.trained, args)
-        if args.compile if args.compile is not None else self.device.type == "cuda":
+        if self.device.type == "cuda" and can_compile() if args.compile is None else args.compile:
             model, actor = self.world_model, self.behaviour.actor
             for part, name in ((model.rssm, "obs_step"), (model.rssm, "img_step"), (actor, "forward")):
                 setattr(part, name, torch.compile(getattr(part, name), dynamic=False))
@@ -1246,12 +1284,12 @@ class Agent(nn.Module):
         self.autocast = lambda: torch.autocast(self.device.type, torch.bfloat16, enabled=amp)
 
     def replay_spaces(self):
-        """What the agent adds to each step of the replay: key -> (shape, dtype)."""
+        """What the agent adds to each step of the replay: key -> (shape, dtype). Changed from dreamer_v2.py: [C11]"""
         latents = {"deter": ((self.args.deter,), "float32"), "stoch": ((self.args.stoch,), "uint8")}
         return {"action": ((self.action_dim,), "float32")} | latents
 
     def replay_values(self, carry):
-        """What it adds, from what acting carries."""
+        """What it adds, from what acting carries. Changed from dreamer_v2.py: [C11]"""
         return {"deter": carry[0].cpu(), "stoch": carry[1].argmax(-1).cpu()}
 
     def initial(self, num_envs):
@@ -1263,7 +1301,8 @@ class Agent(nn.Module):
     def act(self, obs, carry, training=True):
         """Observations with is_first of E environments, what it returned last -> deter, stoch, action (E, A).
 
-        [C6] Evaluation samples actions too.
+        Evaluation samples actions too.
+        Changed from dreamer_v2.py: [C6]
         """
         deter, stoch, action = carry
         with self.autocast():
@@ -1278,12 +1317,12 @@ class Agent(nn.Module):
         return (action.argmax(-1) if self.discrete else action).cpu().numpy()
 
     def latent_noise(self, *shape, generator=None):
-        """What one state's sample takes: uniform (..., S, 1)."""
+        """What one state's sample takes: uniform (..., S, 1). Changed from dreamer_v2.py: [C3]"""
         device = self.device if generator is None else "cpu"
         return torch.rand(*shape, self.args.stoch, 1, generator=generator, device=device).to(self.device)
 
     def action_noise(self, *shape):
-        """What one action's sample takes: uniform (..., 1) or normal (..., A)."""
+        """What one action's sample takes: uniform (..., 1) or normal (..., A). Changed from dreamer_v2.py: [C6]"""
         draw, size = (torch.rand, 1) if self.discrete else (torch.randn, self.action_dim)
         return draw(*shape, size, device=self.device)
 
@@ -1294,11 +1333,11 @@ class Agent(nn.Module):
         return noise | {"action": self.action_noise(B * T, H + 1)}
 
     def start(self, data):
-        """The state before a sequence, from the latents that the replay holds."""
+        """The state before a sequence, from the latents that the replay holds. Changed from dreamer_v2.py: [C11]"""
         return data["deter"], F.one_hot(data["stoch"].long(), self.args.classes).float()
 
     def loss(self, data, noise):
-        """Batch and noise -> losses (means, by name), the scaled sum, the new latents, stats."""
+        """Batch and noise -> losses (means, by name), the scaled sum, the new latents, stats. [C9]"""
         args = self.args
         with self.autocast():
             losses, deter, stoch, feat, stats = self.world_model.loss(data, self.start(data), noise["post"])
@@ -1315,6 +1354,7 @@ class Agent(nn.Module):
 
         data: observations (B, T, ...), action (B, T, A), reward, is_first, is_last, is_terminal (B, T), and the state
         before it: deter (B, D), stoch (B, S). With several processes each has its share of the batch.
+        Changed from dreamer_v2.py: [C9], [C11]
         """
         noise = noise or self.noise(*data["reward"].shape)
         losses, total, latents, stats = self.loss(data, noise)
@@ -1329,6 +1369,12 @@ class Agent(nn.Module):
 
     def set_extra_state(self, state):
         self.optimizer.load_state_dict(state)
+
+
+def can_compile():
+    """Whether torch.compile finds what it needs."""
+    headers = os.path.exists(os.path.join(sysconfig.get_path("include"), "Python.h"))
+    return headers and any(shutil.which(name) for name in (os.environ.get("CXX", "g++"), "clang++"))
 
 
 def average(tensors):
@@ -1571,18 +1617,18 @@ def set_random_states(states, rng, device):
         torch.cuda.set_rng_state(states["cuda"].cpu(), device)
 
 
-def restore_envs(envs, replay, agent, positions, lengths):
+def restore_envs(envs, replay, agent, first, seed, episodes, lengths):
     """Brings the environments to where the replay ends, by their episodes' seeds and the actions taken since then.
 
     One that does not come back to the observation it had is not deterministic: it starts a fresh episode.
     """
     last, states, lost = (replay.count - 1) % replay.capacity, {}, []
-    for env, ((index, *position), length) in enumerate(zip(positions, lengths, strict=True)):
+    for env, (episode, length) in enumerate(zip(episodes.tolist(), lengths, strict=True)):
         rows = np.arange(replay.count - length, replay.count) % replay.capacity
-        states[index] = *position, agent.env_action(torch.from_numpy(replay.arrays["action"][rows, env]))
+        states[first + env] = seed, episode, agent.env_action(torch.from_numpy(replay.arrays["action"][rows, env]))
     for env, obs in enumerate(envs.call("restore", states)):
         if any(not np.array_equal(replay.arrays[key][last, env], value) for key, value in obs.items()):
-            lost.append(positions[env][0])
+            lost.append(first + env)
     if lost:
         print(f"environments {lost} are not deterministic: fresh episodes start there", file=sys.stderr)
         envs.call("abandon", lost)
@@ -1672,8 +1718,11 @@ def record(agent, args, replay, log, run, frame):
 
 
 def train(args):
-    """Trains until `total_timesteps`, from the start or from a checkpoint; returns the run directory."""
+    """Trains until `total_timesteps`, from the start or from a checkpoint; returns the run directory.
+    Changed from dreamer_v2.py: [C11], [C12]"""
     device, rank, world = setup(args)
+    if args.compile and not can_compile():
+        raise Failure("--compile needs a C++ compiler and Python's headers: apt-get install g++ python3-dev")
     names = [args.resume or f"{args.run_dir}/{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}"]
     if world > 1:
         dist.broadcast_object_list(names)
@@ -1696,14 +1745,14 @@ def train(args):
     rng = np.random.default_rng([args.seed, rank])
     torch.manual_seed(args.seed + rank)
     step, updates, due_from, sums = 0, 0, None, {}
-    episode_return, episode_length = np.zeros(num_envs), np.zeros(num_envs, np.int64)
+    episode, episode_return, episode_length = (np.zeros(num_envs, dtype) for dtype in (np.int64, np.float64, np.int64))
     if state:
         load_agent(agent, state)
         replay.load_state_dict(own["replay"])
         step, updates, due_from = state["step"], state["updates"], state["due_from"]
         carry, sums = own["carry"], own["sums"]
-        episode_return, episode_length = own["episode_return"].cpu().numpy(), own["episode_length"].cpu().numpy()
-        restore_envs(envs, replay, agent, own["positions"], episode_length)
+        episode, episode_return, episode_length = (x.cpu().numpy() for x in own["episodes"])
+        restore_envs(envs, replay, agent, rank * num_envs, args.seed, episode, episode_length)
         set_random_states(own["random"], rng, device)
     frame = step * args.action_repeat
     log = start_log(args, run, frame, agent, replay) if rank == 0 else None
@@ -1726,8 +1775,8 @@ def train(args):
         """Everything, so that the run goes on as if it had not stopped."""
         replay.flush()
         mine = dict(replay=replay.state_dict(), capacity=replay.capacity, carry=carry, sums=sums)
-        mine |= dict(episode_return=torch.from_numpy(episode_return), episode_length=torch.from_numpy(episode_length))
-        mine |= dict(positions=envs.call("position"), random=random_states(rng, device))
+        episodes = [torch.from_numpy(x) for x in (episode, episode_return, episode_length)]
+        mine |= dict(episodes=episodes, random=random_states(rng, device))
         everyone = [mine] * world
         if world > 1:
             dist.gather_object(mine, everyone if rank == 0 else None)
@@ -1737,9 +1786,12 @@ def train(args):
 
     signals = []
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda number, _: signals.append(number))
+        signal.signal(number, lambda number, _: signals.append(number) or tqdm.write("stopping after this step"))
     if not state:
-        obs = envs.reset(seed=[args.seed] * num_envs)[0]
+        try:
+            obs = envs.reset(seed=[args.seed] * num_envs)[0]
+        except Exception as error:
+            raise Failure(f"the environment does not start: {error}") from error
         carry = take(obs, np.zeros(num_envs), agent.initial(num_envs))
         step, frame = args.num_envs, args.num_envs * args.action_repeat
     saved_at, row_at = time.time(), (time.time(), frame)
@@ -1770,7 +1822,7 @@ def train(args):
                 obs, reward, *_ = envs.step_wait() if parallel else envs.step(action)
             except (EOFError, BrokenPipeError, ConnectionError):
                 raise Interrupted(f"the process of an environment died at frame {frame}") from None
-            except Exception:
+            except Exception:  # of the environment: all but this step is saved
                 checkpoint()
                 raise
             if not np.isfinite(reward).all():
@@ -1779,6 +1831,7 @@ def train(args):
             step += args.num_envs
             before, frame = frame, step * args.action_repeat
             passed = [every and frame // every > before // every for every in (args.log_every, args.eval_every)]
+            episode = episode + obs["is_first"]
             episode_return = np.where(obs["is_first"], 0, episode_return + reward.astype(np.float32))
             episode_length = np.where(obs["is_first"], 0, episode_length + 1)
             if rank == 0:
@@ -1811,12 +1864,13 @@ def train(args):
 
 
 def updates_per_step(args):
-    """Updates for each step of an environment."""
+    """Updates for each step of an environment. Changed from dreamer_v2.py: [C12]"""
     return args.train_ratio / (args.batch_size * args.batch_length)
 
 
 def updates_due(args, step, due_from, sequences):
-    """Updates to do now, and the step up to which all are done then; None before the replay holds a first batch."""
+    """Updates to do now, and the step up to which all are done then; None before the replay holds a first batch.
+    Changed from dreamer_v2.py: [C12]"""
     if due_from is None:
         return (1, step) if sequences >= args.batch_size * args.batch_length else (0, None)
     due = int((step - due_from) * updates_per_step(args))
@@ -1824,9 +1878,9 @@ def updates_due(args, step, due_from, sequences):
 
 
 def tell_cost(seconds, updates):
-    """Without a GPU, nobody should find out at hour nine."""
+    """Without a GPU, nobody should find out at hour nine. Changed from dreamer_v2.py: [C12]"""
     hours = seconds * updates / 3600
-    hint = "; with --size 1m --obs state it is a matter of hours" if hours > 24 else ""
+    hint = "; --size 1m --obs state and a smaller --total-timesteps make it a matter of hours" if hours > 24 else ""
     tqdm.write(f"an update takes {seconds:.2f} s on this CPU, the {updates:,.0f} to come {hours:.1f} hours{hint}")
 
 
@@ -1948,12 +2002,15 @@ def play(args):
 
 
 def main(argv=None):
+    sys.stdout.reconfigure(line_buffering=True)
     try:
         args = parse_args(argv)
         return score(args) if args.evaluate else play(args) if args.play else train(args)
     except Failure as failure:
         print(f"{SCRIPT}.py: {failure}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
 if __name__ == "__main__":

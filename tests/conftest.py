@@ -9,6 +9,8 @@ import sys
 import time
 from pathlib import Path
 
+import gymnasium as gym
+import numpy as np
 import pytest
 import torch
 
@@ -17,11 +19,14 @@ TESTS = Path(__file__).resolve().parent
 sys.path[:0] = [str(ROOT), str(TESTS)]
 
 ALL = ("worldmodels_v1", "planet", "dreamer_v1", "dreamer_v2", "dreamer_v3", "genie")
-SCRIPTS = [name for name in ALL if (ROOT / f"{name}.py").exists()]
 TINY = {
-    "dreamer_v3": "--size 1m --deter 64 --hidden 16 --classes 4 --units 16 --depth 2 --stoch 4 --blocks 4 --decoder-blocks 4 "
-    "--bins 15 --batch-size 4 --batch-length 8 --imagination-horizon 3 --train-ratio 8 --warmup 10 --learning-rate 1e-3",
+    "dreamer_v2": "--deter 64 --hidden 16 --classes 4 --units 16 --depth 2 --stoch 4 --batch-size 4 --batch-length 8 "
+    "--imagination-horizon 3 --prefill 20 --train-every 2 --pretrain 2 --model-rate 1e-3",
+    "dreamer_v3": "--size 1m --deter 64 --hidden 16 --classes 4 --units 16 --depth 2 --stoch 4 --blocks 4 --bins 15 "
+    "--decoder-blocks 4 --batch-size 4 --batch-length 8 --imagination-horizon 3 --train-ratio 8 --warmup 10 "
+    "--learning-rate 1e-3",
 }
+SCRIPTS = [name for name in ALL if name in TINY and (ROOT / f"{name}.py").exists()]
 QUIET = "--eval-every 0 --log-every 20 --no-cuda"  # no evaluation, frequent rows of metrics
 
 
@@ -46,7 +51,12 @@ def environment(**env):
 def run_script(script, *args, cwd, code=0, timeout=120, patch=None, **env):
     """Runs a script as a user does and checks its exit code -> completed process."""
     result = subprocess.run(
-        command(script, *args, patch=patch), cwd=cwd, env=environment(**env), capture_output=True, text=True, timeout=timeout
+        command(script, *args, patch=patch),
+        cwd=cwd,
+        env=environment(**env),
+        capture_output=True,
+        text=True,
+        timeout=timeout,
     )
     assert result.returncode == code, f"exit code {result.returncode}\n{result.stdout}\n{result.stderr}"
     return result
@@ -55,7 +65,10 @@ def run_script(script, *args, cwd, code=0, timeout=120, patch=None, **env):
 def start_script(script, *args, cwd, until="losses/", timeout=120, **env):
     """Starts a script, in a process group of its own, and returns it once `until` is in its metrics."""
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
-    process, limit = subprocess.Popen(command(script, *args), cwd=cwd, env=environment(**env), **pipes), time.time() + timeout
+    process, limit = (
+        subprocess.Popen(command(script, *args), cwd=cwd, env=environment(**env), **pipes),
+        time.time() + timeout,
+    )
     while not any(until in path.read_text() for path in Path(cwd).glob("runs/*/metrics.csv")):
         if time.time() > limit or process.poll() is not None:
             os.killpg(process.pid, signal.SIGKILL)
@@ -92,6 +105,30 @@ def one_line(script, result, *words):
     (line,) = lines(result.stderr)
     assert line.startswith(f"{script.__name__}.py: "), line
     assert all(word in line for word in words), line
+
+
+def agent_and_batch(script, args, spaces, action_space, folder):
+    """An agent and a batch of random data as the replay gives them."""
+    torch.manual_seed(0)
+    rng, agent = np.random.default_rng(0), script.Agent(args, spaces, action_space)
+    stored = {key: (space.shape, space.dtype) for key, space in spaces.items()} | {"reward": ((), "float32")}
+    stored |= {key: ((), "bool") for key in script.FLAGS} | agent.replay_spaces()
+    replay = script.Replay(str(folder), stored, 2, 60, args.batch_length)
+    for _ in range(60):
+        step = {}
+        for key, (shape, dtype) in stored.items():
+            space, shape = spaces.get(key), (2, *shape)
+            if key == "action" and agent.discrete:
+                step[key] = np.eye(shape[-1], dtype=dtype)[rng.integers(shape[-1], size=2)]
+            elif np.dtype(dtype).kind == "f":
+                step[key] = rng.normal(size=shape)
+            elif np.dtype(dtype) == bool:
+                step[key] = rng.random(shape) < 0.1
+            else:
+                top = space.n if isinstance(space, gym.spaces.Discrete) else args.classes if key == "stoch" else 256
+                step[key] = rng.integers(0, top, shape)
+        replay.add(step)
+    return agent, script.to_tensors(replay.sample(args.batch_size, rng)[0], agent.device)
 
 
 @pytest.fixture

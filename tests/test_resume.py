@@ -141,7 +141,15 @@ def finished(tmp_path_factory):
 
 @pytest.mark.parametrize(
     "flag",
-    ["--env-id Acrobot-v1", "--num-envs 2", "--action-repeat 2", "--image-size 32", "--obs pixels", "--stoch 8", "--size 12m"],
+    [
+        "--env-id Acrobot-v1",
+        "--num-envs 2",
+        "--action-repeat 2",
+        "--image-size 32",
+        "--obs pixels",
+        "--stoch 8",
+        "--size 12m",
+    ],
 )
 def test_what_cannot_change_is_refused(script, finished, refused, flag):
     run = finished(script)

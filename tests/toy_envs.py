@@ -28,21 +28,22 @@ class Toy(gym.Env):
             return space.start + self.count % space.n
         if isinstance(space, spaces.Text):
             return "text"
-        number = self.number + self.count + int(np.sum(self.actions[-1:]))
+        number = self.number + self.count + self.last
         if space.dtype == np.uint8:
             return np.random.default_rng(number).integers(0, 256, space.shape, np.uint8)
         return np.full(space.shape, np.sin(number), space.dtype)
 
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)
-        self.count, self.number = 0, int(self.np_random.integers(100))
+        self.count, self.last, self.number = 0, 0, int(self.np_random.integers(100))
         if self.trouble == "random":
-            self.number = int.from_bytes(os.urandom(4), 'big')
+            self.number = int.from_bytes(os.urandom(4), "big")
         return self.value(self.observation_space), {}
 
     def step(self, action):
         self.count += 1
         self.actions.append(action)
+        self.last = int(np.sum(action))
         reward, over = float(self.count), self.count >= self.length
         if os.environ.get("TROUBLE") and os.path.exists("go") and self.count == 10:
             if self.trouble == "exit":
