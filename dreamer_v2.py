@@ -52,6 +52,7 @@ import re
 import shutil
 import signal
 import sys
+import sysconfig
 import time
 import urllib.parse
 from ctypes.util import find_library
@@ -218,7 +219,7 @@ PRESETS = {  # by the first word of --env-id, then by that word and --obs; of th
 
 
 SCRIPT = Args().exp_name
-FIXED = ("env_id", "obs", "image_size", "action_repeat", "num_envs", "replay_size", "batch_length", "stoch")
+FIXED = ("seed", "env_id", "obs", "image_size", "action_repeat", "num_envs", "replay_size", "batch_length", "stoch")
 FIXED += ("deter", "hidden", "classes", "depth", "units", "layer_norm", "predict_continue")
 
 
@@ -233,7 +234,7 @@ class Interrupted(Failure):
 def parse_args(argv=None):
     """Command line -> Args: defaults, then the run's own or the suite's preset, then the flags that were given."""
     argv = sys.argv[1:] if argv is None else list(argv)
-    presets = "\n".join(f"{name}: {show(preset)}" for name, preset in PRESETS.items())
+    presets = "\n".join(f"    {name}: {show(preset)}" for name, preset in PRESETS.items())
     text = f"{__doc__}\nPresets by the first word of --env-id:\n{presets}"
     cli = lambda default: tyro.cli(Args, args=argv, default=default, description=text)  # noqa: E731
     args = cli(Args())
@@ -300,6 +301,8 @@ class DeepMindControl(gym.Env):
             from dm_control import suite as dmc
         except ImportError as error:
             raise Failure(f"cannot import dm_control ({error}): pip install -r requirements.txt") from None
+        except AttributeError:  # PyOpenGL, if the library that the user named is not there
+            raise Failure(f"MUJOCO_GL={os.environ['MUJOCO_GL']}: {NO_OPENGL}") from None
         domain, _, task = name.replace("cup-", "ball_in_cup-", name.startswith("cup-")).partition("-")
         if (domain, task) not in dmc.ALL_TASKS:
             tasks = " ".join(f"dmc-{d}-{t}" for d, t in dmc.ALL_TASKS)
@@ -316,6 +319,10 @@ class DeepMindControl(gym.Env):
         if obs != "state":
             spaces["image"] = gym.spaces.Box(0, 255, (image_size, image_size, 3), np.uint8)
         self.observation_space = gym.spaces.Dict(spaces)
+        try:  # here, where it can be reported, not in a process of its own
+            _ = self.render() if obs != "state" else None
+        except Exception as error:
+            raise Failure(f"{NO_OPENGL}; MuJoCo says: {' '.join(str(error).split())}") from None
 
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)
@@ -457,10 +464,6 @@ class Episodes(gym.Wrapper):
             obs = self.step(action)[0]
         return obs
 
-    def position(self):
-        """Index, run seed and number of the episode."""
-        return self.index, self.run_seed, self.episode
-
     def abandon(self, which):
         """Ends the episode of the environments `which`: their next step resets."""
         self.over = self.over or self.index in which
@@ -483,9 +486,12 @@ def make_env(args, index=0):
             env = gym.wrappers.AtariPreprocessing(env, 30, repeat, args.image_size, grayscale_obs=full)
             repeat = 1
         else:
-            env = gym.make(args.env_id, render_mode="rgb_array")
+            try:
+                env = gym.make(args.env_id, render_mode="rgb_array")
+            except TypeError:  # it knows no render_mode
+                env = gym.make(args.env_id)
     except (gym.error.Error, ImportError) as error:
-        hint = "; write dmc-<domain>-<task>, atari-<game>, a Gymnasium id or <module>:<id>"
+        hint = "; --size 1m, --obs state and fewer --total-timesteps make it hours" if hours > 24 else ""
         raise Failure(f"--env-id {args.env_id}: {' '.join(str(error).split())}{hint}") from None
     if limit:
         env = gym.wrappers.TimeLimit(env, limit // (1 if repeat > 1 else args.action_repeat))
@@ -501,7 +507,8 @@ def make_envs(args, count, first=0):
     if count == 1 or not pixels:
         return gym.vector.SyncVectorEnv(thunks, autoreset_mode="Disabled")
     thunks = [ignoring_interrupts(thunk) for thunk in thunks]
-    # a forked process must not inherit this one's OpenGL and CUDA
+    # forked from a clean process, which must not inherit this one's OpenGL and CUDA but has the imports that take long
+    multiprocessing.set_forkserver_preload(["cv2", "gymnasium", "torch.utils.tensorboard", "tyro"])
     return gym.vector.AsyncVectorEnv(thunks, autoreset_mode="Disabled", context="forkserver")
 
 
@@ -1350,6 +1357,12 @@ class Agent(nn.Module):
             optimizer.load_state_dict(state[name])
 
 
+def can_compile():
+    """Whether torch.compile finds what it needs."""
+    headers = os.path.exists(os.path.join(sysconfig.get_path("include"), "Python.h"))
+    return headers and any(shutil.which(name) for name in (os.environ.get("CXX", "g++"), "clang++"))
+
+
 def average(tensors):
     """Means over all processes; the tensors themselves if there is one."""
     if not dist.is_initialized():
@@ -1590,18 +1603,18 @@ def set_random_states(states, rng, device):
         torch.cuda.set_rng_state(states["cuda"].cpu(), device)
 
 
-def restore_envs(envs, replay, agent, positions, lengths):
+def restore_envs(envs, replay, agent, first, seed, episodes, lengths):
     """Brings the environments to where the replay ends, by their episodes' seeds and the actions taken since then.
 
     One that does not come back to the observation it had is not deterministic: it starts a fresh episode.
     """
     last, states, lost = (replay.count - 1) % replay.capacity, {}, []
-    for env, ((index, *position), length) in enumerate(zip(positions, lengths, strict=True)):
+    for env, (episode, length) in enumerate(zip(episodes.tolist(), lengths, strict=True)):
         rows = np.arange(replay.count - length, replay.count) % replay.capacity
-        states[index] = *position, agent.env_action(torch.from_numpy(replay.arrays["action"][rows, env]))
+        states[first + env] = seed, episode, agent.env_action(torch.from_numpy(replay.arrays["action"][rows, env]))
     for env, obs in enumerate(envs.call("restore", states)):
         if any(not np.array_equal(replay.arrays[key][last, env], value) for key, value in obs.items()):
-            lost.append(positions[env][0])
+            lost.append(first + env)
     if lost:
         print(f"environments {lost} are not deterministic: fresh episodes start there", file=sys.stderr)
         envs.call("abandon", lost)
@@ -1693,6 +1706,8 @@ def record(agent, args, replay, log, run, frame):
 def train(args):
     """Trains until `total_timesteps`, from the start or from a checkpoint; returns the run directory."""
     device, rank, world = setup(args)
+    if args.compile and not can_compile():
+        raise Failure("--compile needs a C++ compiler and Python's headers: apt-get install g++ python3-dev")
     names = [args.resume or f"{args.run_dir}/{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}"]
     if world > 1:
         dist.broadcast_object_list(names)
@@ -1717,14 +1732,14 @@ def train(args):
     rng = np.random.default_rng([args.seed, rank])
     torch.manual_seed(args.seed + rank)
     step, updates, due_from, sums = 0, 0, None, {}
-    episode_return, episode_length = np.zeros(num_envs), np.zeros(num_envs, np.int64)
+    episode, episode_return, episode_length = (np.zeros(num_envs, dtype) for dtype in (np.int64, np.float64, np.int64))
     if state:
         load_agent(agent, state)
         replay.load_state_dict(own["replay"])
         step, updates, due_from = state["step"], state["updates"], state["due_from"]
         carry, sums = own["carry"], own["sums"]
-        episode_return, episode_length = own["episode_return"].cpu().numpy(), own["episode_length"].cpu().numpy()
-        restore_envs(envs, replay, agent, own["positions"], episode_length)
+        episode, episode_return, episode_length = (x.cpu().numpy() for x in own["episodes"])
+        restore_envs(envs, replay, agent, rank * num_envs, args.seed, episode, episode_length)
         set_random_states(own["random"], rng, device)
     frame = step * args.action_repeat
     log = start_log(args, run, frame, agent, replay) if rank == 0 else None
@@ -1749,8 +1764,8 @@ def train(args):
         """Everything, so that the run goes on as if it had not stopped."""
         replay.flush()
         mine = dict(replay=replay.state_dict(), capacity=replay.capacity, carry=carry, sums=sums)
-        mine |= dict(episode_return=torch.from_numpy(episode_return), episode_length=torch.from_numpy(episode_length))
-        mine |= dict(positions=envs.call("position"), random=random_states(rng, device))
+        episodes = [torch.from_numpy(x) for x in (episode, episode_return, episode_length)]
+        mine |= dict(episodes=episodes, random=random_states(rng, device))
         everyone = [mine] * world
         if world > 1:
             dist.gather_object(mine, everyone if rank == 0 else None)
@@ -1760,9 +1775,12 @@ def train(args):
 
     signals = []
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda number, _: signals.append(number))
+        signal.signal(number, lambda number, _: signals.append(number) or tqdm.write("stopping after this step"))
     if not state:
-        obs = envs.reset(seed=[args.seed] * num_envs)[0]
+        try:
+            obs = envs.reset(seed=[args.seed] * num_envs)[0]
+        except Exception as error:
+            raise Failure(f"the environment does not start: {error}") from error
         carry = take(obs, np.zeros(num_envs), agent.initial(num_envs))
         step, frame = args.num_envs, args.num_envs * args.action_repeat
     saved_at, row_at = time.time(), (time.time(), frame)
@@ -1793,7 +1811,7 @@ def train(args):
                 obs, reward, *_ = envs.step_wait() if parallel else envs.step(action)
             except (EOFError, BrokenPipeError, ConnectionError):
                 raise Interrupted(f"the process of an environment died at frame {frame}") from None
-            except Exception:
+            except Exception:  # of the environment: all but this step is saved
                 checkpoint()
                 raise
             if not np.isfinite(reward).all():
@@ -1802,6 +1820,7 @@ def train(args):
             step += args.num_envs
             before, frame = frame, step * args.action_repeat
             passed = [every and frame // every > before // every for every in (args.log_every, args.eval_every)]
+            episode = episode + obs["is_first"]
             episode_return = np.where(obs["is_first"], 0, episode_return + reward.astype(np.float32))
             episode_length = np.where(obs["is_first"], 0, episode_length + 1)
             if rank == 0:
@@ -1840,6 +1859,8 @@ def updates_per_step(args):
 
 def updates_due(args, step, due_from, ready):
     """Updates to do now, and the step up to which all are done then; None before the replay holds a first batch."""
+    if due_from is None and step > args.prefill + 100_000:
+        raise Interrupted(f"no complete episode of more than {args.batch_length} steps: lower --batch-length")
     if not ready or step < args.prefill:
         return 0, due_from
     if due_from is None:
@@ -1973,12 +1994,15 @@ def play(args):
 
 
 def main(argv=None):
+    sys.stdout.reconfigure(line_buffering=True)
     try:
         args = parse_args(argv)
         return score(args) if args.evaluate else play(args) if args.play else train(args)
     except Failure as failure:
         print(f"{SCRIPT}.py: {failure}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
 if __name__ == "__main__":

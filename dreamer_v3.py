@@ -493,7 +493,7 @@ def make_env(args, index=0):
             except TypeError:  # it knows no render_mode
                 env = gym.make(args.env_id)
     except (gym.error.Error, ImportError) as error:
-        hint = "; --size 1m, --obs state and fewer --total-timesteps make it hours" if hours > 24 else ""
+        hint = "; write dmc-<domain>-<task>, atari-<game>, a Gymnasium id or <module>:<id>"
         raise Failure(f"--env-id {args.env_id}: {' '.join(str(error).split())}{hint}") from None
     if limit:
         env = gym.wrappers.TimeLimit(env, limit // (1 if repeat > 1 else args.action_repeat))
@@ -1880,7 +1880,7 @@ def updates_due(args, step, due_from, sequences):
 def tell_cost(seconds, updates):
     """Without a GPU, nobody should find out at hour nine. Changed from dreamer_v2.py: [C12]"""
     hours = seconds * updates / 3600
-    hint = "; --size 1m --obs state and a smaller --total-timesteps make it a matter of hours" if hours > 24 else ""
+    hint = "; --size 1m, --obs state and fewer --total-timesteps make it hours" if hours > 24 else ""
     tqdm.write(f"an update takes {seconds:.2f} s on this CPU, the {updates:,.0f} to come {hours:.1f} hours{hint}")
 
 
