@@ -491,7 +491,7 @@ def make_env(args, index=0):
             except TypeError:  # it knows no render_mode
                 env = gym.make(args.env_id)
     except (gym.error.Error, ImportError) as error:
-        hint = "; --size 1m, --obs state and fewer --total-timesteps make it hours" if hours > 24 else ""
+        hint = "; write dmc-<domain>-<task>, atari-<game>, a Gymnasium id or <module>:<id>"
         raise Failure(f"--env-id {args.env_id}: {' '.join(str(error).split())}{hint}") from None
     if limit:
         env = gym.wrappers.TimeLimit(env, limit // (1 if repeat > 1 else args.action_repeat))
@@ -1252,7 +1252,7 @@ class Agent(nn.Module):
             "actor": Adam(self.behaviour.actor.parameters(), args.actor_rate, args),
             "critic": Adam(self.behaviour.critic.parameters(), args.critic_rate, args),
         }
-        if args.compile if args.compile is not None else self.device.type == "cuda":
+        if self.device.type == "cuda" and can_compile() if args.compile is None else args.compile:
             model, actor = self.world_model, self.behaviour.actor
             for part, name in ((model.rssm, "obs_step"), (model.rssm, "img_step"), (actor, "forward")):
                 setattr(part, name, torch.compile(getattr(part, name), dynamic=False))
@@ -1897,7 +1897,8 @@ def score(args):
 
 
 PAGE = """<!doctype html><meta charset=utf-8><title>Dream</title>
-<style>body{font:16px sans-serif;margin:2em;background:#111;color:#ddd} img{height:320px;image-rendering:pixelated}</style>
+<style>body{font:16px sans-serif;margin:2em;background:#111;color:#ddd}
+img{height:320px;image-rendering:pixelated}</style>
 <h3>You act, the model dreams: <span id=text></span></h3>
 <img id=dream> <img id=real>
 <p>Left the dream; right what the real environment shows after the same actions.</p>

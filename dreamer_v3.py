@@ -56,6 +56,7 @@ import signal
 import sys
 import sysconfig
 import time
+import traceback
 import urllib.parse
 from ctypes.util import find_library
 from dataclasses import dataclass
@@ -258,6 +259,11 @@ def parse_args(argv=None):
     for name, value in SIZES[args.size].items():
         if getattr(args, name) is None:
             setattr(args, name, value)
+    if args.image_size % 16 or args.deter % args.blocks or args.deter % args.decoder_blocks or args.bins % 2 == 0:
+        raise Failure(
+            f"--image-size {args.image_size} must be a multiple of 16, --deter {args.deter} one of --blocks and of "
+            f"--decoder-blocks, --bins {args.bins} odd"
+        )
     return args
 
 
@@ -1502,10 +1508,13 @@ class Log:
         self.file.flush()
 
     def scalars(self, frame, values):
-        for key, value in values.items():
-            self.writer.add_scalar(key, value, frame)
-            self.csv.writerow([frame, key, float(value)])
-        self.file.flush()
+        try:
+            for key, value in values.items():
+                self.writer.add_scalar(key, value, frame)
+                self.csv.writerow([frame, key, float(value)])
+            self.file.flush()
+        except OSError as error:
+            raise Interrupted(f"cannot write the metrics ({error})") from None
 
     def video(self, frame, key, frames, fps=15):
         """(T, H, W, 3), which TensorBoard shows as an animated GIF."""
@@ -1600,7 +1609,7 @@ def load_agent(agent, state):
     try:
         agent.load_state_dict(state["agent"])
     except RuntimeError as error:
-        raise Failure(f"the checkpoint is of another size: {str(error).splitlines()[1].strip()}") from None
+        raise Failure(f"the checkpoint is of another size: {str(error).splitlines()[-1].strip()}") from None
 
 
 def random_states(rng, device):
@@ -1741,6 +1750,9 @@ def train(args):
     stored |= {"reward": ((), "float32")} | agent.replay_spaces()
     size = min(args.replay_size, args.total_timesteps // args.action_repeat + args.num_envs) // args.num_envs
     folder = f"{run}/replay/{rank}" if world > 1 else f"{run}/replay"
+    gone = [key for key in stored if state and not os.path.exists(f"{folder}/{key}.npy")]
+    if gone:
+        raise Failure(f"{folder} lacks {gone}: without its replay the run cannot go on")
     replay = Replay(folder, stored, num_envs, max(size, own.get("capacity", 0)), args.batch_length)
     rng = np.random.default_rng([args.seed, rank])
     torch.manual_seed(args.seed + rank)
@@ -1808,23 +1820,24 @@ def train(args):
                 data, index = batch or fetch()
                 latents, metrics = update(data)
                 batch = fetch() if device.type == "cuda" else None  # while the GPU works
-                replay.write(index, {key: value.cpu().numpy() for key, value in latents.items()})
                 values = torch.stack(list(metrics.values())).tolist()
                 for key, value in zip([*metrics, "count"], [*values, 1], strict=True):
                     if not math.isfinite(value):
                         raise Failure(f"{key} is {value}, update {updates}, frame {frame}: the last checkpoint is kept")
                     sums[key] = sums.get(key, 0.0) + value
+                replay.write(index, {key: value.cpu().numpy() for key, value in latents.items()})
                 updates += 1
                 if updates == 3 and device.type == "cpu" and rank == 0:
                     left = (args.total_timesteps - frame) / args.action_repeat * updates_per_step(args)
                     tell_cost(time.time() - started, left)
             try:
                 obs, reward, *_ = envs.step_wait() if parallel else envs.step(action)
-            except (EOFError, BrokenPipeError, ConnectionError):
-                raise Interrupted(f"the process of an environment died at frame {frame}") from None
-            except Exception:  # of the environment: all but this step is saved
-                checkpoint()
+            except (EOFError, ConnectionError):
                 raise
+            except Exception as error:
+                traceback.print_exc()
+                text = " ".join(str(error).split())
+                raise Interrupted(f"an environment raised {type(error).__name__}: {text}, frame {frame}") from None
             if not np.isfinite(reward).all():
                 raise Interrupted(f"an environment gave the reward {reward[~np.isfinite(reward)][0]} at frame {frame}")
             carry = take(obs, reward, carry)
@@ -1854,9 +1867,20 @@ def train(args):
     except Interrupted as error:
         checkpoint()
         raise Failure(f"{error}; saved: --resume {run} continues") from None
+    except (EOFError, ConnectionError):  # of a process of an environment; a signal may have been for the whole group
+        for process in getattr(envs, "processes", []):
+            process.kill()
+        envs.closed = True
+        checkpoint()
+        if not signals:
+            raise Failure(f"the process of an environment died, frame {frame}; saved: --resume {run} continues") from None
     finally:
         bar.close()
-        envs.close(**({"terminate": True} if parallel else {}))
+        gym.logger.min_level = 50  # it warns when a step is pending
+        try:
+            envs.close()
+        except (EOFError, ConnectionError):
+            envs.closed = True
     if signals:
         print(f"stopped at frame {frame} and saved: --resume {run} continues")
         sys.exit(128 + signals[0])
@@ -1905,7 +1929,8 @@ def score(args):
 
 
 PAGE = """<!doctype html><meta charset=utf-8><title>Dream</title>
-<style>body{font:16px sans-serif;margin:2em;background:#111;color:#ddd} img{height:320px;image-rendering:pixelated}</style>
+<style>body{font:16px sans-serif;margin:2em;background:#111;color:#ddd}
+img{height:320px;image-rendering:pixelated}</style>
 <h3>You act, the model dreams: <span id=text></span></h3>
 <img id=dream> <img id=real>
 <p>Left the dream; right what the real environment shows after the same actions.</p>

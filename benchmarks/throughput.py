@@ -36,8 +36,8 @@ CASES = {
         "12m pixels": "--env-id dmc-walker-walk --obs pixels --size 12m",
     },
     "dreamer_v2": {
-        "dmc pixels 50x50": "--env-id dmc-walker-walk --batch-size 50 --batch-length 50",
-        "dmc pixels 16x50": "--env-id dmc-walker-walk --batch-size 16 --batch-length 50",
+        "dmc pixels 50x50": "--env-id dmc-walker-walk --batch-size 50 --prefill 2560 --pretrain 1",
+        "dmc pixels 16x50": "--env-id dmc-walker-walk --batch-size 16 --prefill 960 --pretrain 1",
     },
 }
 
@@ -111,8 +111,8 @@ def batch(script, args, agent, spaces):
             for key, space in spaces.items():
                 if space.dtype == np.uint8:
                     step[key] = rng.integers(0, 256, (args.batch_size, *space.shape))
-            ends = t % args.batch_length == args.batch_length - 1
-            flags = dict(is_first=t % args.batch_length == 0, is_last=ends, is_terminal=False)
+            place = t % (args.batch_length + 1)
+            flags = dict(is_first=place == 0, is_last=place == args.batch_length, is_terminal=False)
             replay.add(step | {key: np.full(args.batch_size, flag) for key, flag in flags.items()})
         return script.to_tensors(replay.sample(args.batch_size, rng)[0], agent.device)
 
