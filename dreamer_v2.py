@@ -54,6 +54,7 @@ import signal
 import sys
 import sysconfig
 import time
+import traceback
 import urllib.parse
 from ctypes.util import find_library
 from dataclasses import dataclass
@@ -256,6 +257,8 @@ def parse_args(argv=None):
         preset = PRESETS.get(suite(args.env_id), {})
         obs = args.obs or preset.get("obs")
         args = cli(dataclasses.replace(Args(), **preset | PRESETS.get(f"{suite(args.env_id)}-{obs}", {})))
+    if args.image_size != 64:
+        raise Failure(f"--image-size {args.image_size}: the convolutions are made for 64")
     return args
 
 
@@ -789,8 +792,6 @@ class Encoder(nn.Module):
             self.layers = nn.Sequential(*[Layer(args.units if i else inp, args.units, norm) for i in range(4)])
             self.embed_dim += args.units
         if self.images:
-            if args.image_size != 64:
-                raise Failure(f"--image-size {args.image_size}: the convolutions are made for 64")
             depths = [sum(spaces[key].shape[-1] for key in self.images)] + [args.depth * m for m in (1, 2, 4, 8)]
             self.convs = nn.ModuleList(Conv(*pair) for pair in zip(depths[:-1], depths[1:], strict=True))
             norm = LayerNorm if args.layer_norm else nn.Identity
@@ -1488,10 +1489,13 @@ class Log:
         self.file.flush()
 
     def scalars(self, frame, values):
-        for key, value in values.items():
-            self.writer.add_scalar(key, value, frame)
-            self.csv.writerow([frame, key, float(value)])
-        self.file.flush()
+        try:
+            for key, value in values.items():
+                self.writer.add_scalar(key, value, frame)
+                self.csv.writerow([frame, key, float(value)])
+            self.file.flush()
+        except OSError as error:
+            raise Interrupted(f"cannot write the metrics ({error})") from None
 
     def video(self, frame, key, frames, fps=15):
         """(T, H, W, 3), which TensorBoard shows as an animated GIF."""
@@ -1586,7 +1590,7 @@ def load_agent(agent, state):
     try:
         agent.load_state_dict(state["agent"])
     except RuntimeError as error:
-        raise Failure(f"the checkpoint is of another size: {str(error).splitlines()[1].strip()}") from None
+        raise Failure(f"the checkpoint is of another size: {str(error).splitlines()[-1].strip()}") from None
 
 
 def random_states(rng, device):
@@ -1726,6 +1730,9 @@ def train(args):
     stored |= {"reward": ((), "float32")} | agent.replay_spaces()
     size = min(args.replay_size, args.total_timesteps // args.action_repeat + args.num_envs) // args.num_envs
     folder = f"{run}/replay/{rank}" if world > 1 else f"{run}/replay"
+    gone = [key for key in stored if state and not os.path.exists(f"{folder}/{key}.npy")]
+    if gone:
+        raise Failure(f"{folder} lacks {gone}: without its replay the run cannot go on")
     replay = Replay(
         folder, stored, num_envs, max(size, own.get("capacity", 0)), args.batch_length, args.prioritise_ends
     )
@@ -1797,23 +1804,24 @@ def train(args):
                 data, index = batch or fetch()
                 latents, metrics = update(data)
                 batch = fetch() if device.type == "cuda" else None  # while the GPU works
-                replay.write(index, {key: value.cpu().numpy() for key, value in latents.items()})
                 values = torch.stack(list(metrics.values())).tolist()
                 for key, value in zip([*metrics, "count"], [*values, 1], strict=True):
                     if not math.isfinite(value):
                         raise Failure(f"{key} is {value}, update {updates}, frame {frame}: the last checkpoint is kept")
                     sums[key] = sums.get(key, 0.0) + value
+                replay.write(index, {key: value.cpu().numpy() for key, value in latents.items()})
                 updates += 1
                 if updates == 3 and device.type == "cpu" and rank == 0:
                     left = (args.total_timesteps - frame) / args.action_repeat * updates_per_step(args)
                     tell_cost(time.time() - started, left)
             try:
                 obs, reward, *_ = envs.step_wait() if parallel else envs.step(action)
-            except (EOFError, BrokenPipeError, ConnectionError):
-                raise Interrupted(f"the process of an environment died at frame {frame}") from None
-            except Exception:  # of the environment: all but this step is saved
-                checkpoint()
+            except (EOFError, ConnectionError):
                 raise
+            except Exception as error:
+                traceback.print_exc()
+                text = " ".join(str(error).split())
+                raise Interrupted(f"an environment raised {type(error).__name__}: {text}, frame {frame}") from None
             if not np.isfinite(reward).all():
                 raise Interrupted(f"an environment gave the reward {reward[~np.isfinite(reward)][0]} at frame {frame}")
             carry = take(obs, reward, carry)
@@ -1843,9 +1851,20 @@ def train(args):
     except Interrupted as error:
         checkpoint()
         raise Failure(f"{error}; saved: --resume {run} continues") from None
+    except (EOFError, ConnectionError):  # of a process of an environment; a signal may have been for the whole group
+        for process in getattr(envs, "processes", []):
+            process.kill()
+        envs.closed = True
+        checkpoint()
+        if not signals:
+            raise Failure(f"the process of an environment died, frame {frame}; saved: --resume {run} continues") from None
     finally:
         bar.close()
-        envs.close(**({"terminate": True} if parallel else {}))
+        gym.logger.min_level = 50  # it warns when a step is pending
+        try:
+            envs.close()
+        except (EOFError, ConnectionError):
+            envs.closed = True
     if signals:
         print(f"stopped at frame {frame} and saved: --resume {run} continues")
         sys.exit(128 + signals[0])

@@ -1873,7 +1873,7 @@ def train(args):
         envs.closed = True
         checkpoint()
         if not signals:
-            raise Failure(f"the process of an environment died, frame {frame}; saved: --resume {run} continues") from None
+            raise Failure(f"the process of an environment died at frame {frame}; --resume {run} continues") from None
     finally:
         bar.close()
         gym.logger.min_level = 50  # it warns when a step is pending

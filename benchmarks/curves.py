@@ -111,7 +111,9 @@ def main():
             print(f"{args['script']} {args['env_id']} seed {args['seed']} ({folder})")
             for frame, ours, mean, std, seeds in compare(training, published(args)):
                 verdict = "inside" if abs(ours - mean) <= 2 * std else "above" if ours > mean else "below"
-                print(f"  {frame:>9,} frames: {ours:7.1f}   published {mean:7.1f} ± {std:5.1f} ({seeds} seeds)  {verdict}")
+                print(
+                    f"  {frame:>9,} frames: {ours:7.1f}   published {mean:7.1f} ± {std:5.1f} ({seeds} seeds)  {verdict}"
+                )
             for frame, value in evaluation:
                 print(f"  {frame:>9,} frames: {value:7.1f}   evaluation")
     for script, runs in scripts.items():

@@ -204,20 +204,26 @@ def main():
     parser.add_argument("--repeats", type=int, default=10, help="warm updates that are timed (default: 10)")
     parser.add_argument("--compile", action="store_true", help="with torch.compile")
     parser.add_argument("--no-loop", action="store_true", help="leave out environment and whole loop")
-    parser.add_argument("--loop-updates", type=int, default=32, help="updates for which the loop is timed (default: 32)")
+    parser.add_argument(
+        "--loop-updates", type=int, default=32, help="updates for which the loop is timed (default: 32)"
+    )
     parser.add_argument("--out", help="folder for the JSON file")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     script = load(options.script)
     result = {"script": script.__name__, "machine": machine(options), "cases": {}}
     print(" ".join(f"{key}={value}" for key, value in result["machine"].items()))
-    print("case                  update ms   cpu ms  first s    GFLOP  share  act ms (1, 4, 16 envs)   env f/s  loop f/s   GB")
+    print(
+        "case                  update ms   cpu ms  first s    GFLOP  share  act ms: 1, 4, 16 envs   env f/s  loop f/s   GB"
+    )
     for name, flags in CASES[script.__name__].items():
         if options.case not in name:
             continue
         row = result["cases"][name] = measure(script, flags, options)
         update, none = row["update"], float("nan")
-        print(f"{name:20} {update['wall_ms']:10.1f} {update['cpu_ms']:8.1f} {update['first_wall_ms'] / 1e3:8.1f}", end=" ")
+        print(
+            f"{name:20} {update['wall_ms']:10.1f} {update['cpu_ms']:8.1f} {update['first_wall_ms'] / 1e3:8.1f}", end=" "
+        )
         print(f"{row.get('update_gflop', none):8.1f} {row.get('share_of_product_rate', none):6.2f} ", end=" ")
         print(" ".join(f"{timing['wall_ms']:7.2f}" for timing in row["act"].values()), end=" ")
         print(f"{row.get('env_frames_per_s', none):10.0f} {row.get('loop_frames_per_s', none):9.1f}", end=" ")

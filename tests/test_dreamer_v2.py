@@ -616,8 +616,11 @@ def test_the_slow_critic_is_copied_at_its_interval():
     assert same == [True, False, False, True, False, False, True]
 
 
-@pytest.mark.parametrize("option", [dict(critic=False), dict(slow_critic_every=0), dict(kl_balance=0.5), dict(classes=1),
-                                    dict(predict_continue=False), dict(layer_norm=True), dict(behaviour_from="replay")])  # fmt: skip
+ABLATIONS = [dict(critic=False), dict(slow_critic_every=0), dict(kl_balance=0.5), dict(classes=1)]
+ABLATIONS += [dict(layer_norm=True), dict(predict_continue=False), dict(behaviour_from="replay")]
+
+
+@pytest.mark.parametrize("option", ABLATIONS, ids=str)
 @pytest.mark.parametrize("discrete", [True, False])
 def test_ablations_learn(option, discrete):
     agent, data = small(discrete, model_rate=1e-2, **option)

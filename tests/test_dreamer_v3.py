@@ -1,4 +1,4 @@
-"""dreamer_v3.py against recorded outputs of the authors' code (tests/golden/dreamer_v3/README.md explains the arrays)."""
+"""dreamer_v3.py against recorded outputs of the authors' code; tests/golden/dreamer_v3/README.md explains them."""
 
 import os
 from pathlib import Path
@@ -13,7 +13,9 @@ import dreamer_v3 as script
 
 GOLDEN = Path(os.environ.get("GOLDEN_DIR", Path(__file__).parent / "golden"))
 CASES = [path for path in sorted(GOLDEN.rglob("golden_[a-z]_*.npz")) if not path.stem.endswith("_opt")]
-FUNCTIONS = next(iter(sorted(GOLDEN.rglob("dreamer_v3/golden_functions.npz")) + sorted(GOLDEN.glob("golden_functions.npz"))))
+FUNCTIONS = next(
+    iter(sorted(GOLDEN.rglob("dreamer_v3/golden_functions.npz")) + sorted(GOLDEN.glob("golden_functions.npz")))
+)
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -73,7 +75,11 @@ class Case:
         self.data |= {key: tensor(golden[f"in/obs/{key}"]) for key in reserved}
         carry = "in/carry/deter", "in/carry/stoch"
         stoch = tensor(golden[carry[1]])
-        self.data |= {"action": action, "deter": tensor(golden[carry[0]]), "stoch": stoch.argmax(-1) if stoch.ndim == 3 else stoch}
+        self.data |= {
+            "action": action,
+            "deter": tensor(golden[carry[0]]),
+            "stoch": stoch.argmax(-1) if stoch.ndim == 3 else stoch,
+        }
         self.noise = self.make_noise(discrete)
 
     def official_names(self, spaces, discrete):
@@ -92,7 +98,12 @@ class Case:
         if agent.world_model.encoder.vectors:
             for i in range(3):
                 layer(f"{wm}.encoder.layers.{i}", f"enc/mlp{i}", f"enc/mlp{i}norm")
-                layer(f"{wm}.decoder.layers.{i}", f"dec/mlp/linear{i}", f"dec/mlp/norm{i}", "dense_feat" if i == 0 else "dense")
+                layer(
+                    f"{wm}.decoder.layers.{i}",
+                    f"dec/mlp/linear{i}",
+                    f"dec/mlp/norm{i}",
+                    "dense_feat" if i == 0 else "dense",
+                )
             for key in agent.world_model.encoder.vectors:
                 add(f"{wm}.decoder.heads.{key}", f"dec/vec/{key}/pred")
         if agent.world_model.encoder.images:
@@ -107,7 +118,12 @@ class Case:
                 add(f"{wm}.decoder.convs.{i}", f"dec/conv{2 - i}", "conv")
                 names[f"{wm}.decoder.norms.{i}.scale"] = f"dec/conv{2 - i}norm/scale", "same"
             add(f"{wm}.decoder.output", "dec/imgout", "conv")
-        for ours, theirs in (("deter_in", "dynin0"), ("stoch_in", "dynin1"), ("action_in", "dynin2"), ("post_in", "obs0")):
+        for ours, theirs in (
+            ("deter_in", "dynin0"),
+            ("stoch_in", "dynin1"),
+            ("action_in", "dynin2"),
+            ("post_in", "obs0"),
+        ):
             layer(f"{wm}.rssm.{ours}", f"dyn/{theirs}", f"dyn/{theirs}norm")
         add(f"{wm}.rssm.mix", "dyn/dynhid0", "same")
         names[f"{wm}.rssm.mix_norm.scale"] = "dyn/dynhid0norm/scale", "same"
@@ -261,7 +277,13 @@ def test_parity_gradients(case):
     agent.behaviour.return_range.copy_(tensor(np.stack([golden["imag/ret_lo_before"], golden["imag/ret_hi_before"]])))
     losses, total, latents, _ = agent.loss(case.data, case.noise)
     close(total, golden["lossmean/total"])
-    theirs = {"reward_loss": "rew", "continue_loss": "con", "dyn_loss": "dyn", "rep_loss": "rep", "actor_loss": "policy"}
+    theirs = {
+        "reward_loss": "rew",
+        "continue_loss": "con",
+        "dyn_loss": "dyn",
+        "rep_loss": "rep",
+        "actor_loss": "policy",
+    }
     theirs |= {"critic_loss": "value", "replay_critic_loss": "repval"}
     for name, loss in losses.items():
         close(loss, golden[f"lossmean/{theirs.get(name, name.removeprefix('recon_loss_'))}"])
@@ -316,25 +338,37 @@ def test_parity_twohot(functions):
     logit = tensor(functions["twohot/logits"]).requires_grad_()
     loss = script.twohot_loss(logit, tensor(functions["twohot/target"]))
     close(loss, functions["twohot/loss"])
-    close(torch.autograd.grad(loss.sum(), logit)[0], functions["twohot/dloss_dlogits"], atol=3e-5)  # bins differ by an ulp
+    close(
+        torch.autograd.grad(loss.sum(), logit)[0], functions["twohot/dloss_dlogits"], atol=3e-5
+    )  # bins differ by an ulp
     mean = script.twohot_mean(tensor(functions["twohot/pred_logits"]))
     assert mean[0] == 0
     np.testing.assert_allclose(mean[7:].cpu(), functions["twohot/pred"][7:], rtol=1e-4, atol=1e-4)
     np.testing.assert_allclose(mean[1:7].cpu() / 1e8, functions["twohot/pred"][1:7] / 1e8, atol=1e-6)
-    close(script.twohot_loss(logit, tensor(functions["twohot/target"]), tensor(functions["twohot/target"])), 2 * functions["twohot/loss"])
+    close(
+        script.twohot_loss(logit, tensor(functions["twohot/target"]), tensor(functions["twohot/target"])),
+        2 * functions["twohot/loss"],
+    )
 
 
 def test_parity_lambda_return(functions):
     reward, boot = tensor(functions["lam/rew"]), tensor(functions["lam/boot"])
     cont = tensor(functions["lam/imag_con"])
-    close(script.lambda_return(reward, cont, torch.zeros_like(cont), boot, boot[:, -1], 0.95), functions["lam/imag_ret"])
+    close(
+        script.lambda_return(reward, cont, torch.zeros_like(cont), boot, boot[:, -1], 0.95), functions["lam/imag_ret"]
+    )
     last, term = (tensor(functions[f"lam/replay_{x}"]).float() for x in ("last", "term"))
-    close(script.lambda_return(reward, (1 - term) * (1 - 1 / 333), last, boot, boot[:, -1], 0.95), functions["lam/replay_ret"])
+    close(
+        script.lambda_return(reward, (1 - term) * (1 - 1 / 333), last, boot, boot[:, -1], 0.95),
+        functions["lam/replay_ret"],
+    )
 
 
 def test_parity_layers(functions):
     norm = script.RMSNorm(functions["rms/x"].shape[-1]).to(DEVICE)
-    block = script.BlockLinear(functions["block/x"].shape[-1], functions["block/y"].shape[-1], len(functions["block/kernel"]))
+    block = script.BlockLinear(
+        functions["block/x"].shape[-1], functions["block/y"].shape[-1], len(functions["block/kernel"])
+    )
     kernel = functions["conv/kernel_hwio"].transpose(3, 2, 0, 1)
     conv, up = script.Conv(*kernel.shape[1::-1]), script.UpsampleConv(*kernel.shape[1::-1])
     norm.scale.data = tensor(functions["rms/scale"])
@@ -424,5 +458,7 @@ def test_parity_slow_critic(functions):
 
 
 def test_parity_continue_loss(functions):
-    mine = F.binary_cross_entropy_with_logits(tensor(functions["binary/logit"]), tensor(functions["binary/target"]), reduction="none")
+    mine = F.binary_cross_entropy_with_logits(
+        tensor(functions["binary/logit"]), tensor(functions["binary/target"]), reduction="none"
+    )
     close(mine, functions["binary/loss"])

@@ -155,7 +155,7 @@ def test_every_item_is_somewhere_and_every_mark_in_the_list(pair):
     used = {mark for name in new.units for mark in re.findall(MARK, "\n".join(new.units[name]))}
     assert used == new.items
     assert new.items == {f"[C{i}]" for i in range(1, len(new.items) + 1)}
-    assert not [line for line in new.lines if re.search(r"Changed from (?!{})".format(old.name), line)]
+    assert not [line for line in new.lines if re.search(rf"Changed from (?!{old.name})", line)]
 
 
 def test_same_order(pair):

@@ -1,0 +1,24 @@
+"""Learning from pixels, in a few minutes of CPU: a game that random and broken agents lose and a correct one wins."""
+
+import re
+
+import pytest
+from conftest import SCRIPTS, only_run, run_script
+
+LEARN = {
+    "dreamer_v3": "--size 1m --deter 128 --hidden 32 --classes 8 --stoch 8 --units 32 --depth 8 "
+    "--imagination-horizon 6 --num-envs 4 --batch-size 8 --batch-length 8 --train-ratio 32 --learning-rate 6e-4 --warmup 100 "
+    "--entropy-scale 0.03 --total-timesteps 8000",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in SCRIPTS if name in LEARN])
+def test_learns_to_catch(name, tmp_path, request):
+    """Perfect play returns 1, random play about -0.6."""
+    script = __import__(name)
+    flags = "--env-id toy_envs:Catch-v0 --image-size 16 --eval-every 0 --no-cuda"
+    run_script(script, *flags.split(), *LEARN[name].split(), cwd=tmp_path, timeout=3000)
+    result = run_script(script, "--evaluate", only_run(tmp_path), "--eval-episodes", "40", cwd=tmp_path, timeout=600)
+    mean = float(re.search(r": (-?[\d.]+) ±", result.stdout).group(1))
+    assert mean > 0.7, result.stdout
