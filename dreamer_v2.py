@@ -421,7 +421,8 @@ class Adapter(gym.Wrapper):
             action = int(action) + space.start
         else:
             action = np.clip(action, -1, 1).reshape(space.shape)
-            action = (self.low + (action + 1) / 2 * (self.high - self.low)).astype(space.dtype)
+            action = self.low + (action + 1) / 2 * (self.high - self.low)
+            action = np.clip(action, space.low, space.high).astype(space.dtype)
         for _ in range(self.repeat):
             obs, reward, terminated, truncated, info = self.env.step(action)
             total += float(reward)
@@ -1712,7 +1713,8 @@ def train(args):
     device, rank, world = setup(args)
     if args.compile and not can_compile():
         raise Failure("--compile needs a C++ compiler and Python's headers: apt-get install g++ python3-dev")
-    names = [args.resume or f"{args.run_dir}/{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}"]
+    name = f"{args.env_id.replace('/', '-')}__{args.exp_name}__{args.seed}__{int(time.time())}"
+    names = [args.resume or f"{args.run_dir}/{name}"]
     if world > 1:
         dist.broadcast_object_list(names)
     run, state, own = names[0], None, {}
@@ -1782,7 +1784,7 @@ def train(args):
 
     signals = []
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda number, _: signals.append(number) or tqdm.write("stopping after this step"))
+        signal.signal(number, lambda number, _: signals.append(number))
     if not state:
         try:
             obs = envs.reset(seed=[args.seed] * num_envs)[0]
@@ -1857,7 +1859,7 @@ def train(args):
         envs.closed = True
         checkpoint()
         if not signals:
-            raise Failure(f"the process of an environment died, frame {frame}; saved: --resume {run} continues") from None
+            raise Failure(f"the process of an environment died at frame {frame}; --resume {run} continues") from None
     finally:
         bar.close()
         gym.logger.min_level = 50  # it warns when a step is pending

@@ -426,7 +426,8 @@ class Adapter(gym.Wrapper):
             action = int(action) + space.start
         else:
             action = np.clip(action, -1, 1).reshape(space.shape)
-            action = (self.low + (action + 1) / 2 * (self.high - self.low)).astype(space.dtype)
+            action = self.low + (action + 1) / 2 * (self.high - self.low)
+            action = np.clip(action, space.low, space.high).astype(space.dtype)
         for _ in range(self.repeat):
             obs, reward, terminated, truncated, info = self.env.step(action)
             total += float(reward)
@@ -644,7 +645,7 @@ class Replay:
 
 
 def symlog(x):
-    """Eq. 9 (arXiv:2301.04104v2). [C1]"""
+    """Squashes large values, keeps small ones; Eq. 9 (arXiv:2301.04104v2). [C1]"""
     return x.sign() * x.abs().log1p()
 
 
@@ -717,7 +718,7 @@ def kl_divergence(p, q):
 
 
 def lambda_return(reward, cont, last, value, bootstrap, lambda_):
-    """λ-returns: (N, T) each -> (N, T - 1); Eq. 6 (arXiv:2301.04104v2), over episode ends as in the authors' code.
+    """λ-returns: (N, T) each -> (N, T - 1); Eq. 5 (arXiv:2301.04104v2), over episode ends as in the authors' code.
 
     R_t = r_t+1 + c_t+1 · ((1 - λ_t+1) v_t+1 + λ_t+1 R_t+1), λ_t = λ (1 - last_t), R_T-1 = bootstrap.
     Changed from dreamer_v2.py: [C8]
@@ -927,7 +928,7 @@ def vector_input(value, space):
 
 
 class RSSM(nn.Module):
-    """Recurrent state-space model, Eq. 3 (arXiv:2301.04104v2): a state is deter (B, D) and stoch (B, S, K).
+    """Recurrent state-space model, Eq. 1 (arXiv:2301.04104v2): a state is deter (B, D) and stoch (B, S, K).
     Changed from dreamer_v2.py: [C2]"""
 
     def __init__(self, args, embed_dim, action_dim):
@@ -1056,7 +1057,7 @@ class WorldModel(nn.Module):
         self.continue_head = MLP(feat_dim, 1, 1, args.units)
 
     def loss(self, data, start, noise):
-        """Eq. 4 and 5 (arXiv:2301.04104v2) -> losses (B, T) by name, deter, stoch, feat; stats.
+        """Eq. 2 and 3 (arXiv:2301.04104v2) -> losses (B, T) by name, deter, stoch, feat; stats.
 
         data: observations (B, T, ...), action, reward, is_first, is_last, is_terminal; noise (B, T, S, 1).
         Changed from dreamer_v2.py: [C1], [C4]
@@ -1169,7 +1170,7 @@ class Behaviour(nn.Module):
     def loss(self, world_model, data, deter, stoch, feat, noise):
         """Losses of actor and critic by name, (N, H) and, on the replayed sequences, (B, L); stats.
 
-        Eq. 7 to 12 (arXiv:2301.04104v2); data as for the world model; deter (B, T, D), stoch (B, T, S, K), feat
+        Eq. 5 to 7 (arXiv:2301.04104v2); data as for the world model; deter (B, T, D), stoch (B, T, S, K), feat
         (B, T, F); noise: prior (N, H, S, 1), action (N, R, 1 or A).
         Changed from dreamer_v2.py: [C6], [C7], [C8]
         """
@@ -1732,7 +1733,8 @@ def train(args):
     device, rank, world = setup(args)
     if args.compile and not can_compile():
         raise Failure("--compile needs a C++ compiler and Python's headers: apt-get install g++ python3-dev")
-    names = [args.resume or f"{args.run_dir}/{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}"]
+    name = f"{args.env_id.replace('/', '-')}__{args.exp_name}__{args.seed}__{int(time.time())}"
+    names = [args.resume or f"{args.run_dir}/{name}"]
     if world > 1:
         dist.broadcast_object_list(names)
     run, state, own = names[0], None, {}
@@ -1798,7 +1800,7 @@ def train(args):
 
     signals = []
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda number, _: signals.append(number) or tqdm.write("stopping after this step"))
+        signal.signal(number, lambda number, _: signals.append(number))
     if not state:
         try:
             obs = envs.reset(seed=[args.seed] * num_envs)[0]

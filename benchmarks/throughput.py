@@ -214,7 +214,7 @@ def main():
     result = {"script": script.__name__, "machine": machine(options), "cases": {}}
     print(" ".join(f"{key}={value}" for key, value in result["machine"].items()))
     print(
-        "case                  update ms   cpu ms  first s    GFLOP  share  act ms: 1, 4, 16 envs   env f/s  loop f/s   GB"
+        "case                  update ms   cpu ms  first s   GFLOP  share  act ms: 1, 4, 16 envs   env f/s loop f/s  GB"
     )
     for name, flags in CASES[script.__name__].items():
         if options.case not in name:

@@ -6,8 +6,8 @@ import pytest
 from conftest import SCRIPTS, only_run, run_script
 
 LEARN = {
-    "dreamer_v3": "--size 1m --deter 128 --hidden 32 --classes 8 --stoch 8 --units 32 --depth 8 "
-    "--imagination-horizon 6 --num-envs 4 --batch-size 8 --batch-length 8 --train-ratio 32 --learning-rate 6e-4 --warmup 100 "
+    "dreamer_v3": "--size 1m --deter 128 --hidden 32 --classes 8 --stoch 8 --units 32 --depth 8 --num-envs 4 "
+    "--imagination-horizon 6 --batch-size 8 --batch-length 8 --train-ratio 32 --learning-rate 6e-4 --warmup 100 "
     "--entropy-scale 0.03 --total-timesteps 8000",
 }
 
