@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import agent_and_batch
 
 import dreamer_v3 as script
 
@@ -462,3 +463,188 @@ def test_parity_continue_loss(functions):
         tensor(functions["binary/logit"]), tensor(functions["binary/target"]), reduction="none"
     )
     close(mine, functions["binary/loss"])
+
+
+# Sizes
+
+COUNTS = {  # case -> size, encoder, rssm, decoder, reward, continue, actor, critic, all that is trained
+    "image64_cont6": [
+        ("1m", 14_304, 376_704, 80_595, 57_663, 41_153, 50_316, 66_111, 686_846),
+        ("12m", 220_416, 5_979_648, 1_272_003, 721_407, 656_129, 791_052, 853_503, 10_494_158),
+        ("25m", 493_824, 13_442_304, 2_857_635, 1_573_503, 1_475_713, 1_776_396, 1_869_951, 23_489_326),
+        ("50m", 876_032, 23_886_848, 5_076_355, 2_753_279, 2_622_977, 3_154_956, 3_279_615, 41_650_062),
+        ("100m", 1_966_848, 53_721_600, 11_413_059, 6_095_871, 5_900_545, 7_091_724, 7_278_591, 93_468_238),
+        ("200m", 3_492_864, 95_483_904, 20_282_115, 10_749_183, 10_488_833, 12_601_356, 12_850_431, 165_948_686),
+        ("400m", 7_850_496, 214_791_168, 45_617_283, 23_987_967, 23_597_569, 28_339_212, 28_712_703, 372_896_398),
+    ],
+    "vector24_cont6": [
+        ("1m", 10_112, 364_416, 51_096, 57_663, 41_153, 50_316, 66_111, 640_867),
+        ("12m", 138_752, 5_783_040, 794_136, 721_407, 656_129, 791_052, 853_503, 9_738_019),
+        ("25m", 306_432, 12_999_936, 1_781_016, 1_573_503, 1_475_713, 1_776_396, 1_869_951, 21_782_947),
+        ("50m", 539_648, 23_100_416, 3_161_112, 2_753_279, 2_622_977, 3_154_956, 3_279_615, 38_612_003),
+        ("100m", 1_202_688, 51_952_128, 7_100_952, 6_095_871, 5_900_545, 7_091_724, 7_278_591, 86_622_499),
+        ("200m", 2_127_872, 92_338_176, 12_613_656, 10_749_183, 10_488_833, 12_601_356, 12_850_431, 153_769_507),
+        ("400m", 4_764_672, 207_713_280, 28_357_656, 23_987_967, 23_597_569, 28_339_212, 28_712_703, 345_473_059),
+    ],
+    "image64_disc18": [
+        ("1m", 14_304, 377_472, 80_595, 57_663, 41_153, 50_706, 66_111, 688_004),
+        ("12m", 220_416, 5_982_720, 1_272_003, 721_407, 656_129, 792_594, 853_503, 10_498_772),
+        ("25m", 493_824, 13_446_912, 2_857_635, 1_573_503, 1_475_713, 1_778_706, 1_869_951, 23_496_244),
+        ("50m", 876_032, 23_892_992, 5_076_355, 2_753_279, 2_622_977, 3_158_034, 3_279_615, 41_659_284),
+        ("100m", 1_966_848, 53_730_816, 11_413_059, 6_095_871, 5_900_545, 7_096_338, 7_278_591, 93_482_068),
+        ("200m", 3_492_864, 95_496_192, 20_282_115, 10_749_183, 10_488_833, 12_607_506, 12_850_431, 165_967_124),
+        ("400m", 7_850_496, 214_809_600, 45_617_283, 23_987_967, 23_597_569, 28_348_434, 28_712_703, 372_924_052),
+    ],
+    "image96x1_disc18": [
+        ("200m", 3_486_464, 100_739_072, 36_014_593, 10_749_183, 10_488_833, 12_607_506, 12_850_431, 186_936_082),
+    ],
+}
+VECTORS = {"height": (), "orientations": (14,), "velocity": (9,)}
+
+
+@pytest.mark.parametrize("case, row", [(case, row) for case, rows in COUNTS.items() for row in rows])
+def test_parameter_counts(case, row):
+    """Those of the authors' code, module by module, from its shapes."""
+    args = script.Args(**script.SIZES[row[0]], image_size=96 if "96" in case else 64)
+    spaces = {key: gym.spaces.Box(-np.inf, np.inf, shape) for key, shape in VECTORS.items()}
+    if "image" in case:
+        shape = (args.image_size, args.image_size, 1 if "x1" in case else 3)
+        spaces = {"image": gym.spaces.Box(0, 255, shape, np.uint8)}
+    action = gym.spaces.Discrete(18) if "disc" in case else gym.spaces.Box(-1, 1, (6,))
+    with torch.device("meta"):
+        agent = script.Agent(args, spaces, action, "meta")
+    names = "encoder", "rssm", "decoder", "reward_head", "continue_head"
+    parts = [getattr(agent.world_model, name) for name in names] + [agent.behaviour.actor, agent.behaviour.critic]
+    counts = [sum(p.numel() for p in part.parameters()) for part in parts] + [sum(p.numel() for p in agent.trained)]
+    assert tuple(counts) == row[1:]
+
+
+# Maths
+
+
+SMALL = dict(
+    deter=8, hidden=8, stoch=3, classes=4, units=8, depth=1, blocks=2, decoder_blocks=2, bins=15, imagination_horizon=4,
+    batch_size=2, batch_length=5,
+)  # fmt: skip
+
+
+@pytest.fixture
+def small(tmp_path):
+    """A small agent whose heads are not at zero, a batch, noise, and its losses."""
+    args = script.Args(**SMALL)
+    spaces = {"vector": gym.spaces.Box(-np.inf, np.inf, (6,)), "image": gym.spaces.Box(0, 255, (64, 64, 3), np.uint8)}
+    spaces["mode"] = gym.spaces.Discrete(3)
+    agent, data = agent_and_batch(script, args, spaces, gym.spaces.Box(-1, 1, (2,)), tmp_path)
+    with torch.no_grad():
+        for parameter in agent.trained:
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    return agent, data, agent.noise(args.batch_size, args.batch_length)
+
+
+def reached(loss, agent):
+    """Names of the modules to whose parameters a loss gives a gradient."""
+    modules = {name: getattr(agent.world_model, name) for name in ("encoder", "rssm", "decoder")}
+    modules |= {name: getattr(agent.world_model, name) for name in ("reward_head", "continue_head")}
+    modules |= {name: getattr(agent.behaviour, name) for name in ("actor", "critic")}
+    names = set()
+    for name, module in modules.items():
+        grads = torch.autograd.grad(loss, list(module.parameters()), allow_unused=True, retain_graph=True)
+        if any(grad is not None and grad.any() for grad in grads):
+            names.add(name)
+    return names
+
+
+def test_who_learns_from_what(small):
+    agent, data, noise = small
+    losses, *_ = agent.loss(data, noise)
+    model = {"encoder", "rssm"}
+    learners = {"reward_loss": model | {"reward_head"}, "continue_loss": model | {"continue_head"}}
+    learners |= {"recon_loss_image": model | {"decoder"}, "recon_loss_vector": model | {"decoder"}}
+    learners |= {"recon_loss_mode": model | {"decoder"}, "actor_loss": {"actor"}, "critic_loss": {"critic"}}
+    learners |= {"dyn_loss": model, "rep_loss": model, "replay_critic_loss": model | {"critic"}}
+    assert {name: reached(loss, agent) for name, loss in losses.items()} == learners
+
+
+def test_the_kl_is_split(small):
+    """The dynamics loss moves the prior alone, the representation loss the posterior; none below a free nat."""
+    agent, data, _ = small
+    one = {key: value[:, :1] if key not in script.LATENTS else value for key, value in data.items()}
+    noise = agent.noise(2, 1)["post"]
+    rssm = agent.world_model.rssm
+    ends = [rssm.prior_net[-1].weight, rssm.post_out.weight]
+    for free_nats, expected in ((0.0, {"dyn_loss": [True, False], "rep_loss": [False, True]}), (1e6, {})):
+        agent.args.free_nats = free_nats
+        losses, *_ = agent.world_model.loss(one, agent.start(one), noise)
+        for name in ("dyn_loss", "rep_loss"):
+            grads = torch.autograd.grad(losses[name].sum(), ends, allow_unused=True, retain_graph=True)
+            moved = [grad is not None and bool(grad.any()) for grad in grads]
+            assert moved == expected.get(name, [False, False]), name
+
+
+def test_losses_see_no_episode_through_its_end(small):
+    """A reset inside a sequence cuts the state: what came before changes nothing after it."""
+    agent, data, noise = small
+    data["is_first"][:] = False
+    data["is_first"][:, 3] = True
+    states = []
+    for image in (data["image"], torch.cat([255 - data["image"][:, :3], data["image"][:, 3:]], 1)):
+        embed = agent.world_model.encoder(data | {"image": image})
+        inputs = embed, data["action"], data["is_first"], agent.start(data), noise["post"]
+        states.append(agent.world_model.rssm.observe(*inputs)[0])
+    assert not torch.equal(states[0][:, :3], states[1][:, :3])
+    assert torch.equal(states[0][:, 3:], states[1][:, 3:])
+
+
+def test_bfloat16_gives_the_same_gradients(small):
+    """Autocast, as on a GPU, against float32."""
+    agent, data, noise = small
+    grads = []
+    for dtype in (torch.float32, torch.bfloat16):
+        agent.autocast = lambda dtype=dtype: torch.autocast("cpu", dtype, enabled=dtype is torch.bfloat16)
+        agent.behaviour.return_range.zero_()
+        grads.append(torch.autograd.grad(agent.loss(data, noise)[1], agent.trained))
+    exact, half = (torch.cat([grad.flatten() for grad in part]) for part in grads)
+    assert all(grad.any() for grad in grads[1])
+    assert F.cosine_similarity(exact, half, 0) > 0.98
+
+
+def test_samples_follow_the_probabilities():
+    probs = torch.tensor([0.1, 0.0, 0.6, 0.3])
+    torch.manual_seed(0)
+    sample = script.sample_onehot(probs.expand(100_000, 4), torch.rand(100_000, 1))
+    assert (sample.sum(-1) == 1).all()
+    torch.testing.assert_close(sample.mean(0), probs, atol=0.01, rtol=0)
+    extremes = script.sample_onehot(probs.expand(2, 4), torch.tensor([[0.0], [1 - 2**-24]]))
+    assert extremes.argmax(-1).tolist() == [0, 3]
+
+
+def test_a_new_agent_predicts_zero_reward_and_value(tmp_path):
+    args = script.Args(**SMALL)
+    spaces = {"vector": gym.spaces.Box(-np.inf, np.inf, (6,))}
+    agent, data = agent_and_batch(script, args, spaces, gym.spaces.Discrete(3), tmp_path)
+    feat = torch.randn(7, args.deter + args.stoch * args.classes)
+    assert not agent.world_model.reward(feat).any() and not script.twohot_mean(agent.behaviour.critic(feat)).any()
+    weight = script.Linear(400, 300).weight
+    assert weight.std().item() == pytest.approx(400**-0.5, rel=0.02) and weight.abs().max() < 2.3 * 400**-0.5
+
+
+def test_lambda_returns_by_hand():
+    one = torch.ones(1, 3)
+    zeros = torch.zeros(1, 3)
+    value = torch.tensor([[9.0, 10.0, 20.0]])
+    by_step = script.lambda_return(one, 0.5 * one, zeros, value, value[:, -1], 0.0)
+    assert by_step.tolist() == [[1 + 0.5 * 10, 1 + 0.5 * 20]]
+    to_the_end = script.lambda_return(one, 0.5 * one, zeros, value, value[:, -1], 1.0)
+    assert to_the_end.tolist() == [[1 + 0.5 * (1 + 0.5 * 20), 1 + 0.5 * 20]]
+
+
+def test_updates_follow_the_train_ratio():
+    args = script.Args(batch_size=4, batch_length=8, train_ratio=48)  # 1.5 updates a step
+    assert script.updates_due(args, 100, None, 31) == (0, None)
+    due, due_from = script.updates_due(args, 100, None, 32)
+    assert (due, due_from) == (1, 100)
+    total = 0
+    for step in range(101, 201):
+        due, due_from = script.updates_due(args, step, due_from, 1000)
+        total += due
+    assert total in (149, 150)
