@@ -167,7 +167,7 @@ def loop(script, args, flags, options):
         window = max(frames, window // frames * frames)
         start = -(-start // window) * window
         command = [sys.executable, script.__file__, *flags.split(), "--run-dir", folder, "--eval-every", "0"]
-        command += ["--total-timesteps", str(start + window), "--log-every", str(window)]
+        command += ["--total-timesteps", str(start + 2 * window), "--log-every", str(window)]
         subprocess.run(command + (["--compile"] if options.compile else []), check=True, stdout=quiet, stderr=quiet)
         with open(f"{folder}/{os.listdir(folder)[0]}/metrics.csv") as file:
             row["loop_frames_per_s"] = [float(x.split(",")[2]) for x in file if ",charts/SPS," in x][-1]
