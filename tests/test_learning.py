@@ -6,8 +6,11 @@ import pytest
 from conftest import SCRIPTS, only_run, run_script
 
 LEARN = {
-    "dreamer_v3": "--size 1m --deter 128 --hidden 32 --classes 8 --stoch 8 --units 32 --depth 8 --num-envs 4 "
-    "--imagination-horizon 6 --batch-size 8 --batch-length 8 --train-ratio 32 --learning-rate 6e-4 --warmup 100 "
+    "dreamer_v2": "--image-size 64 --deter 64 --hidden 64 --classes 8 --stoch 8 --units 64 --depth 4 --num-envs 4 "
+    "--imagination-horizon 6 --batch-size 16 --batch-length 5 --train-every 2 --prefill 300 --pretrain 50 "
+    "--model-rate 1e-3 --actor-rate 4e-4 --critic-rate 1e-3 --entropy-scale 0.01 --total-timesteps 4000",
+    "dreamer_v3": "--image-size 16 --size 1m --deter 128 --hidden 32 --classes 8 --stoch 8 --units 32 --depth 8 "
+    "--num-envs 4 --imagination-horizon 6 --batch-size 8 --batch-length 8 --train-ratio 32 --learning-rate 6e-4 --warmup 100 "
     "--entropy-scale 0.03 --total-timesteps 8000",
 }
 
@@ -17,7 +20,7 @@ LEARN = {
 def test_learns_to_catch(name, tmp_path, request):
     """Perfect play returns 1, random play about -0.6."""
     script = __import__(name)
-    flags = "--env-id toy_envs:Catch-v0 --image-size 16 --eval-every 0 --no-cuda"
+    flags = "--env-id toy_envs:Catch-v0 --eval-every 0 --no-cuda"
     run_script(script, *flags.split(), *LEARN[name].split(), cwd=tmp_path, timeout=3000)
     result = run_script(script, "--evaluate", only_run(tmp_path), "--eval-episodes", "40", cwd=tmp_path, timeout=600)
     mean = float(re.search(r": (-?[\d.]+) ±", result.stdout).group(1))

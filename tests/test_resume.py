@@ -148,7 +148,7 @@ def finished(tmp_path_factory):
         "--image-size 32",
         "--obs pixels",
         "--stoch 8",
-        "--size 12m",
+        "--units 8",
     ],
 )
 def test_what_cannot_change_is_refused(script, finished, refused, flag):
