@@ -10,8 +10,8 @@ LEARN = {
     "--imagination-horizon 6 --batch-size 16 --batch-length 5 --train-every 2 --prefill 300 --pretrain 50 "
     "--model-rate 1e-3 --actor-rate 4e-4 --critic-rate 1e-3 --entropy-scale 0.01 --total-timesteps 4000",
     "dreamer_v3": "--image-size 16 --size 1m --deter 128 --hidden 32 --classes 8 --stoch 8 --units 32 --depth 8 "
-    "--num-envs 4 --imagination-horizon 6 --batch-size 8 --batch-length 8 --train-ratio 32 --learning-rate 6e-4 --warmup 100 "
-    "--entropy-scale 0.03 --total-timesteps 8000",
+    "--num-envs 4 --imagination-horizon 6 --batch-size 8 --batch-length 8 --train-ratio 32 --learning-rate 6e-4 "
+    "--warmup 100 --entropy-scale 0.03 --total-timesteps 8000",
 }
 
 
