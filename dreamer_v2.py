@@ -178,7 +178,7 @@ class Args:
     """steps imagined from each state"""
     discount: float = 0.99
     """of rewards, per step"""
-    lambda_: float = 0.95
+    lmbda: float = 0.95
     """mixing of n-step returns"""
     model_rate: float = 1e-4
     """[C9] learning rate of the world model"""
@@ -701,15 +701,15 @@ def normal_loss(mean, target):
 #   return    R_0            R_1            R_2 ... R_T-2       of state t and what follows it: starts with r_0, at R_0
 
 
-def lambda_return(reward, cont, next_value, lambda_):
+def lambda_return(reward, cont, next_value, lmbda):
     """λ-returns: (N, T) each -> (N, T); Eq. 4 (arXiv:2010.02193).
 
     R_t = r_t + c_t · ((1 - λ) v_t+1 + λ R_t+1), R_T = v_T.
     """
-    interim = reward + cont * (1 - lambda_) * next_value
+    interim = reward + cont * (1 - lmbda) * next_value
     returns = [next_value[:, -1]]
     for t in range(reward.shape[1] - 1, -1, -1):
-        returns.append(interim[:, t] + cont[:, t] * lambda_ * returns[-1])
+        returns.append(interim[:, t] + cont[:, t] * lmbda * returns[-1])
     return torch.stack(returns[:0:-1], 1)
 
 
@@ -1161,8 +1161,8 @@ class Behaviour(nn.Module):
             sequences = self.sequences(world_model, data, deter, stoch, feat, noise)
             imag_feat, imag_action, reward, cont = sequences
             slow_value = slow_critic(imag_feat).squeeze(-1) if args.critic else torch.zeros_like(reward)  # (N, R)
-            lambda_ = args.lambda_ if args.critic else 1.0
-            returns = lambda_return(reward[:, :-1], cont[:, :-1], slow_value[:, 1:], lambda_)  # (N, H)
+            lmbda = args.lmbda if args.critic else 1.0
+            returns = lambda_return(reward[:, :-1], cont[:, :-1], slow_value[:, 1:], lmbda)  # (N, H)
         torch.clear_autocast_cache()  # which holds copies of the actor's weights that were made without gradient
         imag_feat = imag_feat.detach()  # (N, R, F)
         first = torch.ones_like(cont[:, :1])  # (N, 1)

@@ -176,7 +176,7 @@ class Args:
     """steps imagined from each state"""
     discount_horizon: float = 333
     """[C8] steps; the discount is 1 - 1 / this"""
-    lambda_: float = 0.95
+    lmbda: float = 0.95
     """mixing of n-step returns"""
     learning_rate: float = 4e-5
     """[C9] of the one optimizer"""
@@ -717,17 +717,17 @@ def kl_divergence(p, q):
 #   return    R_0            R_1            R_2 ... R_T-2       of what follows state t: starts with r_1, at R_0
 
 
-def lambda_return(reward, cont, last, value, bootstrap, lambda_):
+def lambda_return(reward, cont, last, value, bootstrap, lmbda):
     """λ-returns: (N, T) each -> (N, T - 1); Eq. 5 (arXiv:2301.04104v2), over episode ends as in the authors' code.
 
     R_t = r_t+1 + c_t+1 · ((1 - λ_t+1) v_t+1 + λ_t+1 R_t+1), λ_t = λ (1 - last_t), R_T-1 = bootstrap.
     Changed from dreamer_v2.py: [C8]
     """
-    lambda_ = lambda_ * (1 - last)
-    interim = reward + cont * (1 - lambda_) * value
+    lmbda = lmbda * (1 - last)
+    interim = reward + cont * (1 - lmbda) * value
     returns = [bootstrap]
     for t in range(reward.shape[1] - 1, 0, -1):
-        returns.append(interim[:, t] + cont[:, t] * lambda_[:, t] * returns[-1])
+        returns.append(interim[:, t] + cont[:, t] * lmbda[:, t] * returns[-1])
     return torch.stack(returns[:0:-1], 1)
 
 
@@ -1186,7 +1186,7 @@ class Behaviour(nn.Module):
         torch.clear_autocast_cache()  # which holds copies of the actor's weights that were made without gradient
         critic_logit = self.critic(imag_feat)  # (N, R, X)
         value = twohot_mean(critic_logit.detach())  # (N, R)
-        returns = lambda_return(reward, cont, torch.zeros_like(cont), value, value[:, -1], args.lambda_)  # (N, H)
+        returns = lambda_return(reward, cont, torch.zeros_like(cont), value, value[:, -1], args.lmbda)  # (N, H)
         scale = self.scale(returns)
         advantage = (returns - value[:, :-1]) / scale  # (N, H)
         policy = actor(imag_feat[:, :-1])
@@ -1199,7 +1199,7 @@ class Behaviour(nn.Module):
         boot = returns[:, 0].view(data["reward"].shape)  # (B, T)
         last = data["is_last"].float()
         going_on = (1 - data["is_terminal"].float()) * (1 - 1 / args.discount_horizon)  # (B, T)
-        replay_returns = lambda_return(data["reward"], going_on, last, boot, boot[:, -1], args.lambda_)  # (B, L)
+        replay_returns = lambda_return(data["reward"], going_on, last, boot, boot[:, -1], args.lmbda)  # (B, L)
         slow_start = slow_value[:, 0].view(boot.shape)[:, :-1]  # (B, L)
         replay_loss = twohot_loss(self.critic(feat[:, :-1]), replay_returns, slow_start)  # (B, L)
         losses["replay_critic_loss"] = (1 - last[:, :-1]) * replay_loss

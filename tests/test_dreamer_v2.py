@@ -64,7 +64,7 @@ class Case:
             slow_critic_every=config["slow_every"],
             entropy_scale=float(official["actor_ent"]),
             discount=official["discount"],
-            lambda_=official["discount_lambda"],
+            lmbda=official["discount_lambda"],
             model_rate=official["model_opt.lr"],
             actor_rate=official["actor_opt.lr"],
             critic_rate=official["critic_opt.lr"],
@@ -239,7 +239,7 @@ def test_parity_behaviour(case):
         value = behaviour.slow_critic(imag_feat).squeeze(-1)
         close(value[:, :-1], read("lr_value"))
         close(value[:, -1], golden["step1/imag/bootstrap"])
-        returns = script.lambda_return(reward[:, :-1], cont[:, :-1], value[:, 1:], args.lambda_)
+        returns = script.lambda_return(reward[:, :-1], cont[:, :-1], value[:, 1:], args.lmbda)
         close(returns, read("target"))
         close(torch.cat([torch.ones_like(cont[:, :1]), cont[:, :-1]], 1).cumprod(1), read("weight"))
         close(value[:, :-2], read("baseline"))
@@ -335,16 +335,16 @@ def gradients(value, inputs, upstream=None):
 
 def test_parity_lambda_return(functions):
     read = lambda name: np.moveaxis(functions[f"lambda_return/{name}"], 0, -1)  # noqa: E731
-    for lambda_ in ("0.0", "0.95", "1.0"):
+    for lmbda in ("0.0", "0.95", "1.0"):
         inputs = [tensor(read(name)).requires_grad_() for name in ("reward", "pcont", "value", "bootstrap")]
         reward, cont, value, bootstrap = inputs
         next_value = torch.cat([value[:, 1:], bootstrap.unsqueeze(1)], 1)
-        returns = script.lambda_return(reward, cont, next_value, float(lambda_))
-        close(returns, read(f"out_{lambda_}"))
+        returns = script.lambda_return(reward, cont, next_value, float(lmbda))
+        close(returns, read(f"out_{lmbda}"))
         for grad, name in zip(
             gradients(returns, inputs, read("upstream")), ("reward", "pcont", "value", "bootstrap"), strict=True
         ):
-            close(grad, read(f"grad_{name}_{lambda_}"))
+            close(grad, read(f"grad_{name}_{lmbda}"))
 
 
 def test_parity_kl(functions):

@@ -260,7 +260,7 @@ def test_parity_behaviour(case):
         close(model.cont(imag_feat).cumprod(1), golden["imag/weight"])
         zeros = torch.zeros_like(value)
         reward, cont = model.reward(imag_feat), model.cont(imag_feat)
-        returns = script.lambda_return(reward, cont, zeros, value, value[:, -1], case.args.lambda_)
+        returns = script.lambda_return(reward, cont, zeros, value, value[:, -1], case.args.lmbda)
         close(returns, golden["imag/ret"], atol=1e-4)
     losses, stats = behaviour.loss(model, case.data, deter, stoch, feat, case.noise)
     close(behaviour.return_range[0], golden["imag/ret_lo_after"].reshape(()))
