@@ -114,8 +114,8 @@ class Args:
     """frames between two rows of metrics"""
     save_every: float = 10
     """minutes between checkpoints"""
-    compile: bool | None = None
-    """torch.compile the model's parts; default: with a GPU only (on a CPU it needs g++ and python3-dev)"""
+    compile: bool = torch.cuda.is_available()
+    """torch.compile the model's parts, which takes a C++ compiler and Python's headers; default: with a GPU"""
     amp: bool = True
     """bfloat16 for the networks on a GPU; parameters, losses and distributions stay float32"""
 
@@ -1283,7 +1283,9 @@ class Agent(nn.Module):
         self.to(device)
         self.trained = [p for p in self.parameters() if p.requires_grad]
         self.optimizer = LaProp(self.trained, args)
-        if self.device.type == "cuda" and can_compile() if args.compile is None else args.compile:
+        if args.compile:
+            if not can_compile():
+                raise Failure("--compile needs a compiler: apt-get install g++ python3-dev (or say --no-compile)")
             model, actor = self.world_model, self.behaviour.actor
             for part, name in ((model.rssm, "obs_step"), (model.rssm, "img_step"), (actor, "forward")):
                 setattr(part, name, torch.compile(getattr(part, name), dynamic=False))
@@ -1731,8 +1733,6 @@ def train(args):
     """Trains until `total_timesteps`, from the start or from a checkpoint; returns the run directory.
     Changed from dreamer_v2.py: [C11], [C12]"""
     device, rank, world = setup(args)
-    if args.compile and not can_compile():
-        raise Failure("--compile needs a C++ compiler and Python's headers: apt-get install g++ python3-dev")
     name = f"{args.env_id.replace('/', '-')}__{args.exp_name}__{args.seed}__{int(time.time())}"
     names = [args.resume or f"{args.run_dir}/{name}"]
     if world > 1:

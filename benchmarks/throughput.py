@@ -115,7 +115,7 @@ def batch(script, args, agent, spaces):
 
 def measure(script, flags, options):
     """All figures of one case."""
-    args = script.parse_args(flags.split() + (["--compile"] if options.compile else []))
+    args = script.parse_args(flags.split() + ["--compile" if options.compile else "--no-compile"])
     device, *_ = script.setup(args)
     spaces, action_space = walker_spaces(script, args)
     agent = script.Agent(args, spaces, action_space, device)
@@ -164,7 +164,8 @@ def loop(script, args, flags, options):
         start = -(-start // window) * window
         command = [sys.executable, script.__file__, *flags.split(), "--run-dir", folder, "--eval-every", "0"]
         command += ["--total-timesteps", str(start + 2 * window), "--log-every", str(window)]
-        subprocess.run(command + (["--compile"] if options.compile else []), check=True, stdout=quiet, stderr=quiet)
+        command += ["--compile" if options.compile else "--no-compile"]
+        subprocess.run(command, check=True, stdout=quiet, stderr=quiet)
         with open(f"{folder}/{os.listdir(folder)[0]}/metrics.csv") as file:
             row["loop_frames_per_s"] = [float(x.split(",")[2]) for x in file if ",charts/SPS," in x][-1]
     return row
