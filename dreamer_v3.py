@@ -31,7 +31,7 @@ prioritise_ends [C11]; train_every, prefill, pretrain [C12]; of the ablations re
 Two protocols: the published curves (DMC: action repeat 2, train ratio 512, size 12m, 5 to 10 seeds, 500k frames from
 state and 1M from pixels), which PRESETS["dmc"] follows so that ours can be laid over them, and the authors' current
 configuration (DMC: action repeat 1, 1m and ratio 1024 from state, 200m and ratio 256 from pixels), reached by
-`--action-repeat 1 --size 1m --train-ratio 1024` or `--action-repeat 1 --size 200m --train-ratio 256`.
+`--obs state --size 1m --train-ratio 1024` or `--size 200m --train-ratio 256`, with `--action-repeat 1 --num-envs 16`.
 
 Not copied from the authors' code: latents are written back at once, not an update late; from state nothing is rendered.
 
