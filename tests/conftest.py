@@ -2,7 +2,9 @@
 
 import csv
 import importlib
+import inspect
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -149,6 +151,21 @@ def refused(capsys):
 @pytest.fixture(params=SCRIPTS)
 def script(request):
     """Each of the scripts, as a module."""
+    return importlib.import_module(request.param)
+
+
+def distinct(name):
+    """The scripts whose function `name` is their own: code that two have word for word is tested once."""
+    code = {}
+    for script in reversed(SCRIPTS):
+        source = inspect.getsource(getattr(importlib.import_module(script), name))
+        code.setdefault(re.sub(r"\s*Changed from [^\n]*?(?=\"|\n)", "", source), script)
+    return list(code.values())
+
+
+@pytest.fixture(params=distinct("train"))
+def trainer(request):
+    """Each of the scripts that has a training loop of its own."""
     return importlib.import_module(request.param)
 
 

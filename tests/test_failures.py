@@ -31,20 +31,20 @@ def go_on(script, run, frames=20):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 @pytest.mark.parametrize("whole_group", [False, True])
 @pytest.mark.parametrize("env_id", ["CartPole-v1", "toy_envs:Image-v0"])
-def test_a_signal_saves_and_says_how_to_resume(script, env_id, whole_group, number, tmp_path):
+def test_a_signal_saves_and_says_how_to_resume(trainer, env_id, whole_group, number, tmp_path):
     """To the process alone as `kill` sends it, or to the group with its environments as a terminal and `timeout` do."""
-    flags = ["--env-id", env_id, "--num-envs", 2, *tiny(script)]
-    process = start_script(script, *flags, cwd=tmp_path)
+    flags = ["--env-id", env_id, "--num-envs", 2, *tiny(trainer)]
+    process = start_script(trainer, *flags, cwd=tmp_path)
     os.killpg(process.pid, number) if whole_group else process.send_signal(number)
     out, err = process.communicate(timeout=60)
     run = only_run(tmp_path)
     assert process.returncode == 128 + number, err
     assert f"--resume runs/{run.name}" in out.splitlines()[-1]
     assert not lines(err)
-    assert go_on(script, run)["updates"] > 0
+    assert go_on(trainer, run)["updates"] > 0
 
 
-def test_kill_in_the_middle_of_a_save(script, tmp_path):
+def test_kill_in_the_middle_of_a_save(trainer, tmp_path):
     patch = """
 import os, signal
 whole, calls = s.torch.save, []
@@ -55,13 +55,13 @@ def half(state, file):
     os.kill(os.getpid(), signal.SIGKILL)
 s.torch.save = half
 """
-    run_script(script, *CARTPOLE, *NOW, *tiny(script), cwd=tmp_path, patch=patch, code=-signal.SIGKILL)
+    run_script(trainer, *CARTPOLE, *NOW, *tiny(trainer), cwd=tmp_path, patch=patch, code=-signal.SIGKILL)
     run = only_run(tmp_path)
     assert (run / "checkpoint.pt.tmp").exists()
-    assert go_on(script, run)["step"] > 10
+    assert go_on(trainer, run)["step"] > 10
 
 
-def test_no_room_for_the_checkpoint(script, tmp_path):
+def test_no_room_for_the_checkpoint(trainer, tmp_path):
     patch = """
 import resource
 whole, calls = s.save, []
@@ -71,14 +71,14 @@ def save(path, state):
     whole(path, state)
 s.save = save
 """
-    result = run_script(script, *CARTPOLE, *NOW, *tiny(script), cwd=tmp_path, patch=patch, code=2)
+    result = run_script(trainer, *CARTPOLE, *NOW, *tiny(trainer), cwd=tmp_path, patch=patch, code=2)
     run = only_run(tmp_path)
     assert len(lines(result.stderr)) == 1 and "checkpoint.pt" in lines(result.stderr)[0], result.stderr
     assert not (run / "checkpoint.pt.tmp").exists()
-    assert go_on(script, run)["step"] > 10
+    assert go_on(trainer, run)["step"] > 10
 
 
-def test_no_room_for_the_replay(script, tmp_path):
+def test_no_room_for_the_replay(trainer, tmp_path):
     patch = """
 import errno, os
 s.Replay.reserve.__defaults__ = (64,)
@@ -89,13 +89,13 @@ def full(file, start, size):
     whole(file, start, size)
 os.posix_fallocate = full
 """
-    result = run_script(script, *CARTPOLE, *tiny(script), cwd=tmp_path, patch=patch, code=2)
+    result = run_script(trainer, *CARTPOLE, *tiny(trainer), cwd=tmp_path, patch=patch, code=2)
     (line,) = lines(result.stderr)
     assert "No space left" in line and "--resume" in line
-    assert go_on(script, only_run(tmp_path), 100)["step"] % 64 == 0
+    assert go_on(trainer, only_run(tmp_path), 100)["step"] % 64 == 0
 
 
-def test_no_room_for_the_metrics(script, tmp_path):
+def test_no_room_for_the_metrics(trainer, tmp_path):
     patch = """
 import errno
 whole, calls = s.Log.__init__, []
@@ -110,15 +110,15 @@ def init(self, *args):
     self.file = Full(self.file)
 s.Log.__init__ = init
 """
-    result = run_script(script, *CARTPOLE, *tiny(script), cwd=tmp_path, patch=patch, code=2)
+    result = run_script(trainer, *CARTPOLE, *tiny(trainer), cwd=tmp_path, patch=patch, code=2)
     assert len(lines(result.stderr)) == 1 and "No space left" in lines(result.stderr)[0], result.stderr
-    go_on(script, only_run(tmp_path))
+    go_on(trainer, only_run(tmp_path))
 
 
-def test_a_disk_that_is_too_small_is_refused_at_the_start(script, tmp_path):
+def test_a_disk_that_is_too_small_is_refused_at_the_start(trainer, tmp_path):
     patch = "import collections, shutil\nshutil.disk_usage = lambda _: collections.namedtuple('Usage', 'free')(10**6)"
     flags = ["--env-id", "toy_envs:Image-v0", "--total-timesteps", 10**5]
-    result = run_script(script, *flags, *tiny(script), cwd=tmp_path, patch=patch, code=2)
+    result = run_script(trainer, *flags, *tiny(trainer), cwd=tmp_path, patch=patch, code=2)
     assert len(lines(result.stderr)) == 1 and "GB" in lines(result.stderr)[0], result.stderr
 
 
@@ -127,29 +127,29 @@ def test_a_disk_that_is_too_small_is_refused_at_the_start(script, tmp_path):
 
 @pytest.mark.parametrize("trouble, words", [("Raise", "the robot fell"), ("Nan", "nan"), ("Exit", "died")])
 @pytest.mark.parametrize("kind, num_envs", [("", 1), ("Image", 2)])
-def test_trouble_in_an_environment(script, trouble, words, kind, num_envs, tmp_path):
+def test_trouble_in_an_environment(trainer, trouble, words, kind, num_envs, tmp_path):
     if (trouble, num_envs) == ("Exit", 1):
         pytest.skip("one environment lives in the main process")
-    flags = ["--env-id", f"toy_envs:{trouble}{kind}-v0", "--num-envs", num_envs, *tiny(script)]
-    process = start_script(script, *flags, cwd=tmp_path, TROUBLE="1")
+    flags = ["--env-id", f"toy_envs:{trouble}{kind}-v0", "--num-envs", num_envs, *tiny(trainer)]
+    process = start_script(trainer, *flags, cwd=tmp_path, TROUBLE="1")
     (tmp_path / "go").touch()
     _, err = process.communicate(timeout=60)
     assert process.returncode == 2, err
     *before, line = lines(err)
     assert trouble == "Raise" or not before, err  # whose traceback the user needs
-    assert line.startswith(f"{script.__name__}.py: ") and words in line and "--resume" in line
+    assert line.startswith(f"{trainer.__name__}.py: ") and words in line and "--resume" in line
     (tmp_path / "go").unlink()
-    assert go_on(script, only_run(tmp_path))["updates"] > 0
+    assert go_on(trainer, only_run(tmp_path))["updates"] > 0
 
 
-def test_a_killed_environment_process(script, tmp_path):
-    process = start_script(script, "--env-id", "toy_envs:Image-v0", "--num-envs", 2, *tiny(script), cwd=tmp_path)
+def test_a_killed_environment_process(trainer, tmp_path):
+    process = start_script(trainer, "--env-id", "toy_envs:Image-v0", "--num-envs", 2, *tiny(trainer), cwd=tmp_path)
     os.kill(environment_processes(process.pid)[0], signal.SIGKILL)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 2, err
     (line,) = lines(err)
     assert "died" in line and "--resume" in line
-    assert go_on(script, only_run(tmp_path))["updates"] > 0
+    assert go_on(trainer, only_run(tmp_path))["updates"] > 0
 
 
 def environment_processes(group):
@@ -166,8 +166,8 @@ def environment_processes(group):
     return sorted(pid for pid, parent in stats.items() if parent in stats and parent != group)
 
 
-def test_nothing_is_left_running(script, tmp_path):
-    process = start_script(script, "--env-id", "toy_envs:Image-v0", "--num-envs", 2, *tiny(script), cwd=tmp_path)
+def test_nothing_is_left_running(trainer, tmp_path):
+    process = start_script(trainer, "--env-id", "toy_envs:Image-v0", "--num-envs", 2, *tiny(trainer), cwd=tmp_path)
     children = environment_processes(process.pid)
     assert len(children) == 2
     process.send_signal(signal.SIGTERM)
@@ -181,7 +181,7 @@ def test_nothing_is_left_running(script, tmp_path):
 # The model
 
 
-def test_a_loss_that_is_not_finite(script, tmp_path):
+def test_a_loss_that_is_not_finite(trainer, tmp_path):
     """The last checkpoint is kept, and nothing of the broken model gets into the replay."""
     patch = """
 whole, calls = s.Agent.update, []
@@ -192,14 +192,14 @@ def broken(self, *args):
     return whole(self, *args)
 s.Agent.update = broken
 """
-    result = run_script(script, *CARTPOLE, *NOW, *tiny(script), cwd=tmp_path, patch=patch, code=2)
+    result = run_script(trainer, *CARTPOLE, *NOW, *tiny(trainer), cwd=tmp_path, patch=patch, code=2)
     (line,) = lines(result.stderr)
     assert "losses/" in line and "update 11" in line
     run = only_run(tmp_path)
     for path in (run / "replay").glob("*.npy"):
         array = np.load(path, mmap_mode="r")
         assert array.dtype.kind != "f" or np.isfinite(array).all(), path.name
-    assert go_on(script, run, 100)["updates"] == 11
+    assert go_on(trainer, run, 100)["updates"] == 11
 
 
 # The command line and what it names
