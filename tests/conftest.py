@@ -19,6 +19,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 TESTS = Path(__file__).resolve().parent
 sys.path[:0] = [str(ROOT), str(TESTS)]
+torch.set_num_threads(1)  # each of the processes that share the tests has a core
 
 ALL = ("worldmodels_v1", "planet", "dreamer_v1", "dreamer_v2", "dreamer_v3", "genie")
 TINY = {
