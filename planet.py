@@ -688,7 +688,7 @@ class Layer(nn.Sequential):
     """Linear, ReLU or what is said."""
 
     def __init__(self, inp, units, activation="relu"):
-        super().__init__(Linear(inp, units), nn.ELU() if activation == "elu" else nn.ReLU())
+        super().__init__(Linear(inp, units), nn.ELU() if activation == "elu" else nn.ReLU(True))
 
 
 class MLP(nn.Sequential):
@@ -1007,7 +1007,11 @@ def predicted_return(world_model, state, action, noise):
     start = tuple(x.repeat_interleave(action.shape[1], 0) for x in state)
     steps = action.flatten(0, 1)
     feat, _ = world_model.rssm.imagine(start, lambda feat, t: steps[:, t], noise.flatten(0, 1))
-    return world_model.reward(feat).sum(-1).view(action.shape[:2])
+    x = feat[..., -world_model.decoder.feat_dim :].flatten(0, 1).T  # as columns: MKL is slow at 300 numbers in a row
+    *layers, out = world_model.reward_head
+    for linear, activation in layers:
+        x = activation(torch.addmm(linear.bias.unsqueeze(1), linear.weight, x))
+    return torch.addmm(out.bias.unsqueeze(1), out.weight, x).float().view(*action.shape[:2], -1).sum(-1)
 
 
 # === Agent ============================================================================================================
