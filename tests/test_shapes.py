@@ -11,12 +11,15 @@ import torch
 from conftest import ROOT, agent_and_batch
 
 FLAGS = {
+    "dreamer_v1": "--batch-size 3 --batch-length 5 --imagination-horizon 7 --deter 24 --stoch 10 --units 16 --hidden 17 "
+    "--depth 1",
     "dreamer_v2": "--batch-size 3 --batch-length 5 --imagination-horizon 7 --deter 24 --stoch 10 --classes 11 "
     "--units 16 --hidden 17 --depth 1",
     "dreamer_v3": "--batch-size 3 --batch-length 5 --imagination-horizon 7 --deter 24 --blocks 6 "
     "--decoder-blocks 4 --stoch 10 --classes 11 --bins 13 --units 16 --hidden 17 --depth 1",
 }
 SYMBOLS = {
+    "dreamer_v1": dict(B=3, T=5, L=6, H=7, N=15, D=24, S=10, E=48, F=34),
     "dreamer_v2": dict(B=3, T=5, L=6, H=7, R=8, N=15, D=24, S=10, K=11, E=48, F=134),
     "dreamer_v3": dict(B=3, T=5, L=4, H=7, R=8, N=15, D=24, G=6, S=10, K=11, X=13, E=80, F=134),
 }
