@@ -846,9 +846,10 @@ class RSSM(nn.Module):
         """GRU: deter (B, D), stoch (B, S), the action's share -> next deter (B, D)."""
         _, activation = self.inputs
         x = activation(stoch @ kernels["stoch"] + action_input)
-        gates, recurrent = self.gates(x).chunk(3, -1), self.recurrent_gates(deter).chunk(3, -1)
-        reset, update = (torch.sigmoid(gates[i] + recurrent[i]) for i in range(2))
-        cand = torch.tanh(gates[2] + reset * recurrent[2])
+        x_reset, x_cand, x_update = self.gates(x).chunk(3, -1)
+        h_reset, h_cand, h_update = self.recurrent_gates(deter).chunk(3, -1)
+        update = torch.sigmoid(x_update + h_update)  # (B or N, D)
+        cand = torch.tanh(x_cand + torch.sigmoid(x_reset + h_reset) * h_cand)  # (B or N, D)
         return torch.lerp(cand.float(), deter, update.float())
 
     def sample(self, moments, noise):
@@ -865,9 +866,9 @@ class RSSM(nn.Module):
 
     def obs_step(self, state, action_input, embed_input, mask, noise, kernels):
         """One step with an observation -> state, posterior's mean and deviation (B, S, 2)."""
-        deter = self.core(state[0] * mask, state[1] * mask, action_input, kernels)
+        deter = self.core(state[0] * mask, state[1] * mask, action_input, kernels)  # (B, D)
         _, activation = self.post_in
-        moments = gaussian(self.post_out(activation(deter @ kernels["post"] + embed_input)).float())
+        moments = gaussian(self.post_out(activation(deter @ kernels["post"] + embed_input)).float())  # (B, S, 2)
         return (deter, self.sample(moments, noise)), moments
 
     def img_step(self, state, action, noise, kernels):
@@ -944,12 +945,12 @@ class WorldModel(nn.Module):
             losses["continue_loss"] = F.binary_cross_entropy_with_logits(
                 self.continue_head(head_feat).squeeze(-1), target, reduction="none"
             )
-        kl = kl_gaussian(post, prior).mean()
-        losses["kl_loss"] = kl.clamp(min=args.free_nats)
+        kl = kl_gaussian(post, prior)  # (B, T)
+        losses["kl_loss"] = kl.mean().clamp(min=args.free_nats)
         stats = {
             "posterior_entropy": self.rssm.entropy(post).mean(),
             "prior_entropy": self.rssm.entropy(prior).mean(),
-            "kl": kl,
+            "kl": kl.mean(),
         }
         return losses, deter, stoch, feat, stats
 
@@ -1041,7 +1042,8 @@ class Behaviour(nn.Module):
         start = deter.detach().flatten(0, 1), stoch.detach().flatten(0, 1)
         policy = lambda feat, t: self.actor.sample(self.actor(feat.detach()), noise["action"][:, t])  # noqa: E731
         imag_feat, imag_action = world_model.rssm.imagine(start, policy, noise["prior"])
-        return imag_feat, imag_action, world_model.reward(imag_feat), world_model.cont(imag_feat)
+        cont = world_model.cont(imag_feat)  # (N, H)
+        return imag_feat, imag_action, world_model.reward(imag_feat), cont
 
     def loss(self, world_model, deter, stoch, noise):
         """Losses of actor and critic (N, L) by name; stats.
@@ -1152,7 +1154,7 @@ class Agent(nn.Module):
         In evaluation, the action is the mode; in training, the sampled one is disturbed.
         """
         deter, stoch, action = carry
-        action = torch.where(obs["is_first"].unsqueeze(-1), 0, action)
+        action = action * (1 - obs["is_first"].float().unsqueeze(-1))
         actor = self.behaviour.actor
         with self.autocast():
             embed = self.world_model.encoder({key: value.unsqueeze(1) for key, value in obs.items()})

@@ -8,7 +8,6 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 
 import dreamer_v1 as script
 
@@ -30,9 +29,8 @@ def tensor(array):
 
 
 def gate_order(array):
-    """Keras has the update gate first, we have the reset gate: blocks along the last axis."""
-    update, reset, cand = np.split(array, 3, -1)
-    return np.concatenate([reset, update, cand], -1)
+    """Blocks along the last axis: update, reset, candidate in Keras; reset, candidate, update here."""
+    return np.concatenate(np.roll(np.split(array, 3, -1), -1, 0), -1)
 
 
 class Case:

@@ -11,8 +11,8 @@ import torch
 from conftest import ROOT, agent_and_batch
 
 FLAGS = {
-    "dreamer_v1": "--batch-size 3 --batch-length 5 --imagination-horizon 7 --deter 24 --stoch 10 --units 16 --hidden 17 "
-    "--depth 1",
+    "dreamer_v1": "--batch-size 3 --batch-length 5 --imagination-horizon 7 --deter 24 --stoch 10 --units 16 "
+    "--hidden 17 --depth 1",
     "dreamer_v2": "--batch-size 3 --batch-length 5 --imagination-horizon 7 --deter 24 --stoch 10 --classes 11 "
     "--units 16 --hidden 17 --depth 1",
     "dreamer_v3": "--batch-size 3 --batch-length 5 --imagination-horizon 7 --deter 24 --blocks 6 "
