@@ -20,8 +20,8 @@ not from another's; the overshooting loss leaves out what lies beyond the sequen
 and deviation come from one layer, not two; all episodes can be drawn at once, not after the current 20 updates. Not in
 paper or code: observations that are vectors, discrete actions (the largest of A planned numbers).
 
-Shapes: B batch, T time, H planning horizon, A action, D deter, S stoch variables, E embed, F feat, I iterations,
-J candidates, K elites, N = B*T starts of overshooting. Arrays are (B, T, ...).
+Shapes: B batch, T time, A action, D deter, S stoch variables, E embed, F = D + S feat; of the planner N environments,
+I iterations, J candidates, M = N*J, K elites, H planning horizon. Arrays are (B, T, ...).
 """
 
 import base64
@@ -694,8 +694,8 @@ class Layer(nn.Sequential):
 class MLP(nn.Sequential):
     """`layers` layers and a linear output, in float32: (..., inp) -> (..., out)."""
 
-    def __init__(self, inp, out, layers, units):
-        super().__init__(*[Layer(units if i else inp, units) for i in range(layers)], Linear(units, out))
+    def __init__(self, inp, out, layers, units, activation="relu"):
+        super().__init__(*[Layer(units if i else inp, units, activation) for i in range(layers)], Linear(units, out))
 
     def forward(self, x):
         return super().forward(x).float()
@@ -804,10 +804,10 @@ class RSSM(nn.Module):
             self.gates = Linear(args.hidden + args.deter, 2 * args.deter)
             self.cand = Linear(args.hidden + args.deter, args.deter)
             nn.init.ones_(self.gates.bias)
-            self.prior_in = Layer(args.deter, args.hidden, args.activation)
-        self.prior_out = Linear(args.hidden, 2 * args.stoch)
         self.post_in = Layer(self.deter + embed_dim, args.hidden, args.activation)
         self.post_out = Linear(args.hidden, 2 * args.stoch)
+        layers = (args.deter, 2 * args.stoch, 1) if self.recurrent else (args.hidden, 2 * args.stoch, 0)
+        self.prior_net = MLP(*layers, args.hidden, args.activation)
 
     def initial(self, batch_size):
         """State of zeros: deter (B, D), stoch (B, S)."""
@@ -832,7 +832,7 @@ class RSSM(nn.Module):
         _, activation = self.inputs
         x = activation(stoch @ kernels["stoch"] + action_input)
         if not self.recurrent:
-            return torch.cat(gaussian(self.prior_out(x).float()).unbind(-1), -1)
+            return torch.cat(gaussian(self.prior_net(x)).unbind(-1), -1)
         reset, update = torch.sigmoid(self.gates(torch.cat([x, deter], -1))).chunk(2, -1)
         cand = torch.tanh(self.cand(torch.cat([x, reset * deter], -1)))
         return torch.lerp(cand.float(), deter, update.float())
@@ -849,13 +849,13 @@ class RSSM(nn.Module):
         """Mean and deviation of stoch before the observation: (..., D) -> (..., S, 2)."""
         if not self.recurrent:
             return torch.stack(deter.chunk(2, -1), -1)
-        return gaussian(self.prior_out(self.prior_in(deter)).float())
+        return gaussian(self.prior_net(deter))
 
     def obs_step(self, state, action_input, embed_input, mask, noise, kernels):
         """One step with an observation -> state, posterior's mean and deviation (B, S, 2)."""
-        deter = self.core(state[0] * mask, state[1] * mask, action_input, kernels)
+        deter = self.core(state[0] * mask, state[1] * mask, action_input, kernels)  # (B, D)
         _, activation = self.post_in
-        moments = gaussian(self.post_out(activation(deter @ kernels["post"] + embed_input)).float())
+        moments = gaussian(self.post_out(activation(deter @ kernels["post"] + embed_input)).float())  # (B, S, 2)
         return (deter, self.sample(moments, noise)), moments
 
     def img_step(self, state, action, noise, kernels):
@@ -984,34 +984,35 @@ class WorldModel(nn.Module):
 
 
 def plan(evaluate, noise, elites):
-    """Cross-entropy method, Algorithm 2 (arXiv:1811.04551v5) -> mean of the last distribution (E, H, A).
+    """Cross-entropy method, Algorithm 2 (arXiv:1811.04551v5) -> mean of the last distribution (N, H, A).
 
-    evaluate: candidates (E, J, H, A) -> returns (E, J); noise: normal (I, E, J, H, A). As in the authors' code,
-    candidates are clipped before they are evaluated, and sigma is the elites' standard deviation (paper: absolute one).
+    evaluate: candidates (N, J, H, A) -> returns (N, J); noise: normal (I, N, J, H, A). As in the authors' code,
+    candidates are clipped before they are evaluated and the deviation is the standard one (paper: the mean absolute).
     """
     mean, std = 0.0, 1.0
     for eps in noise:
-        candidates = (mean + std * eps).clamp(-1, 1)
-        best = evaluate(candidates).topk(elites, sorted=False).indices[..., None, None]
-        best = candidates.gather(1, best.expand(-1, -1, *candidates.shape[2:]))
-        var, mean = torch.var_mean(best, 1, correction=0, keepdim=True)
-        std = (var + 1e-6).sqrt()
+        candidates = (mean + std * eps).clamp(-1, 1)  # (N, J, H, A)
+        best = evaluate(candidates).topk(elites, sorted=False).indices  # (N, K)
+        best = candidates.gather(1, best[..., None, None].expand(-1, -1, *candidates.shape[2:]))  # (N, K, H, A)
+        var, mean = torch.var_mean(best, 1, correction=0, keepdim=True)  # (N, 1, H, A)
+        std = (var + 1e-6).sqrt()  # (N, 1, H, A)
     return mean.squeeze(1)
 
 
 def predicted_return(world_model, state, action, noise):
-    """Sum of the mean rewards of the states that actions lead to: state of E, action (E, J, H, A) -> (E, J).
+    """Sum of the mean rewards of the states that actions (N, J, H, A) lead to from the state of N: (N, J).
 
-    noise (E, J, H, S). All sequences are predicted at once, each from the state of its own environment.
+    All sequences are predicted at once, each from the state of its own environment; noise (N, J, H, S).
     """
     start = tuple(x.repeat_interleave(action.shape[1], 0) for x in state)
-    steps = action.flatten(0, 1)
-    feat, _ = world_model.rssm.imagine(start, lambda feat, t: steps[:, t], noise.flatten(0, 1))
+    steps = action.flatten(0, 1)  # (M, H, A)
+    feat = world_model.rssm.imagine(start, lambda feat, t: steps[:, t], noise.flatten(0, 1))[0]  # (M, H, F)
     x = feat[..., -world_model.decoder.feat_dim :].flatten(0, 1).T  # as columns: MKL is slow at 300 numbers in a row
-    *layers, out = world_model.reward_head
+    *layers, output = world_model.reward_head
     for linear, activation in layers:
         x = activation(torch.addmm(linear.bias.unsqueeze(1), linear.weight, x))
-    return torch.addmm(out.bias.unsqueeze(1), out.weight, x).float().view(*action.shape[:2], -1).sum(-1)
+    reward = torch.addmm(output.bias.unsqueeze(1), output.weight, x).view(*steps.shape[:2])  # (M, H)
+    return reward.float().sum(1).view(action.shape[:2])
 
 
 # === Agent ============================================================================================================
@@ -1090,7 +1091,7 @@ class Agent(nn.Module):
         The action is the first of a plan that is made afresh; in training, it is disturbed.
         """
         deter, stoch, action = carry
-        action = torch.where(obs["is_first"].unsqueeze(-1), 0, action)
+        action = action * (1 - obs["is_first"].float().unsqueeze(-1))
         with self.autocast():
             obs = self.dither(obs, self.image_noise(len(action)))
             embed = self.world_model.encoder({key: value.unsqueeze(1) for key, value in obs.items()})
@@ -1101,7 +1102,7 @@ class Agent(nn.Module):
 
     @torch.no_grad()
     def plan(self, deter, stoch):
-        """States of E environments -> the first action of each one's plan (E, A)."""
+        """States of N environments -> the first action of each one's plan (N, A)."""
         args = self.args
         iterations, elites = (1, 1) if args.planner == "random-shooting" else (args.iterations, args.elites)
         shape = len(deter), args.candidates, args.planning_horizon

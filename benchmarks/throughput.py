@@ -35,6 +35,9 @@ CASES = {
         "12m state": "--env-id dmc-walker-walk --obs state --size 12m",
         "12m pixels": "--env-id dmc-walker-walk --obs pixels --size 12m",
     },
+    "dreamer_v1": {
+        "dmc pixels 50x50": "--env-id dmc-walker-walk --prefill 2560 --pretrain 1 --train-every 5 --train-steps 1",
+    },
     "dreamer_v2": {
         "dmc pixels 50x50": "--env-id dmc-walker-walk --batch-size 50 --prefill 2560 --pretrain 1",
         "dmc pixels 16x50": "--env-id dmc-walker-walk --batch-size 16 --prefill 960 --pretrain 1",

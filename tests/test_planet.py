@@ -92,10 +92,10 @@ class Case:
         add("rssm.post_in.0", f"{p}/dense")
         add("rssm.post_out", f"{p}/dense_1", f"{p}/dense_2")
         if cell == "ssm":
-            add("rssm.prior_out", f"{t}/dense_1", f"{t}/dense_2")
+            add("rssm.prior_net.0", f"{t}/dense_1", f"{t}/dense_2")
         else:
-            add("rssm.prior_in.0", f"{t}/dense_1")
-            add("rssm.prior_out", f"{t}/dense_2", f"{t}/dense_3")
+            add("rssm.prior_net.0.0", f"{t}/dense_1")
+            add("rssm.prior_net.1", f"{t}/dense_2", f"{t}/dense_3")
             for ours, theirs in (("gates", "ru"), ("cand", "c")):
                 names[f"rssm.{ours}.weight"] = [f"{t}/gru_cell/w_{theirs}"], "dense"
                 names[f"rssm.{ours}.bias"] = [f"{t}/gru_cell/b_{theirs}"], "same"
