@@ -10,6 +10,21 @@ Authors' code: github.com/danijar/dreamer. Where paper and code disagree, the li
 The agent learns a world model (encoder, recurrent state-space model, decoder, reward and continue heads) from replayed
 sequences, and an actor and a critic from sequences that the model imagines. Hyper-parameters differ by suite: PRESETS.
 
+What changed since planet.py:
+ [C1] An actor and a critic, learnt from imagined sequences and λ-returns, instead of a planner.
+ [C2] Discrete actions with straight-through gradients; random ones in a share that falls.
+ [C3] Free nats apply to the KL's average, not to each step; no scale of the reward loss, no overshooting.
+ [C4] RSSM with ELU and a GRU that resets after its matrix product; no variants without recurrent state or noise.
+ [C5] Heads and the layers for vectors with ELU and 400 units; reward head with 2 hidden layers, not 3.
+ [C6] Images with all their 8 bits and no noise.
+ [C7] A continue head if wanted; discounting; tanh rewards.
+ [C8] Adam with smaller epsilon, lower rates and tighter clipping, one for each part.
+ [C9] Steps, not episodes, until training starts and between updates; action repeat 2 in all tasks; Atari.
+[C10] The representation may be learnt from images or rewards alone.
+Gone with them: plan, predicted_return, planner, planning_horizon, candidates, iterations, elites [C1]; reward_scale,
+overshooting_distance, overshooting_scale [C3]; dynamics, activation [C4]; bits, preprocess, postprocess [C6]; REPEATS,
+seed_episodes, total [C9].
+
 Ablations: `--no-critic` no bootstrap, `--imagination-horizon 5`, `--representation-from reward` no decoder.
 
 Not copied from the authors' code: one draw of the latents' noise for all sequences of a batch; sequences never hold an
@@ -124,64 +139,64 @@ class Args:
     depth: int = 32
     """channels of the convolutions, times 1, 2, 4, 8"""
     units: int = 400
-    """units of all other layers; paper: 300"""
+    """[C5] units of all other layers; paper: 300"""
     stoch: int = 30
     """Gaussian variables of the stochastic state"""
     tanh_rewards: bool = False
-    """learn from tanh of the rewards"""
-    representation_from: Literal["all", "image", "reward"] = "all"
+    """[C7] learn from tanh of the rewards"""
+    representation_from: Literal["all", "image", "reward"] = "all"  # [C10]
     """what shapes the representation, besides the KL: all heads, the decoder alone, or the heads but not the decoder"""
     kl_scale: float = 1.0
     """scale of the KL loss"""
     free_nats: float = 3.0
-    """nats below which the average KL gives no gradient"""
+    """[C3] nats below which the average KL gives no gradient"""
     predict_continue: bool = False
-    """learn the end of episodes; else imagined ones have none"""
+    """[C7] learn the end of episodes; else imagined ones have none"""
     continue_scale: float = 10.0
-    """scale of the continue loss"""
+    """[C7] scale of the continue loss"""
     critic: bool = True
-    """returns go on after the horizon by the critic's value; without, they end there, and have no baseline"""
+    """[C1] returns go on after the horizon by the critic's value; without, they end there, and have no baseline"""
     imagination_horizon: int = 15
-    """steps imagined from each state"""
+    """[C1] steps imagined from each state"""
     discount: float = 0.99
-    """of rewards, per step"""
+    """[C7] of rewards, per step"""
     lmbda: float = 0.95
-    """mixing of n-step returns"""
+    """[C1] mixing of n-step returns"""
     action_noise: float = 0.3
     """standard deviation of the noise on continuous actions in training"""
     random_actions: float = 0.4
-    """share of random actions in training, if they are discrete, at first; paper"""
+    """[C2] share of random actions in training, if they are discrete, at first; paper"""
     random_actions_end: float = 0.1
-    """share that is reached after `random_actions_updates`; paper"""
+    """[C2] share that is reached after `random_actions_updates`; paper"""
     random_actions_updates: int = 200_000
-    """updates over which the share falls; paper"""
+    """[C2] updates over which the share falls; paper"""
     model_rate: float = 6e-4
-    """learning rate of the world model"""
+    """[C8] learning rate of the world model"""
     actor_rate: float = 8e-5
-    """learning rate of the actor"""
+    """[C8] learning rate of the actor"""
     critic_rate: float = 8e-5
-    """learning rate of the critic"""
+    """[C8] learning rate of the critic"""
     epsilon: float = 1e-7
-    """Adam's, added to the root of the mean square before its correction"""
+    """[C8] Adam's, added to the root of the mean square before its correction"""
     clip: float = 100.0
-    """largest norm of the gradient, of each of the three optimizers"""
+    """[C8] largest norm of the gradient, of each of the three optimizers"""
     batch_size: int = 50
     """sequences of a batch"""
     batch_length: int = 50
     """steps of a sequence"""
-    train_every: int = 500
+    train_every: int = 500  # [C9]
     """steps of the agent, in all environments together, between bursts of updates: with action repeat 2, 1000 frames"""
     train_steps: int = 100
-    """updates of a burst"""
+    """[C9] updates of a burst"""
     prefill: int = 2500
-    """steps with random actions at the start"""
+    """[C9] steps with random actions at the start"""
     pretrain: int = 100
-    """updates at the end of the prefill"""
+    """[C9] updates at the end of the prefill"""
     replay_size: int = 10_000_000
     """steps that the replay holds; the authors keep all"""
 
 
-PRESETS = {  # by the first word of --env-id, then by that word and --obs; paper, Appendices A and C
+PRESETS = {  # [C9] by the first word of --env-id, then by that word and --obs; paper, Appendices A and C
     "dmc": dict(obs="pixels", action_repeat=2, total_timesteps=5_000_000),
     "atari": dict(total_timesteps=200_000_000, action_repeat=4, eval_every=1_000_000, imagination_horizon=10)
     | dict(tanh_rewards=True, kl_scale=0.1, predict_continue=True),
@@ -190,7 +205,7 @@ PRESETS = {  # by the first word of --env-id, then by that word and --obs; paper
 
 SCRIPT = Args().exp_name
 FIXED = ("seed", "env_id", "obs", "image_size", "action_repeat", "num_envs", "replay_size", "batch_length", "stoch")
-FIXED += ("deter", "hidden", "depth", "units", "predict_continue")
+FIXED += ("deter", "hidden", "depth", "units", "predict_continue")  # [C4], [C6], [C7]
 
 
 class Failure(Exception):
@@ -202,7 +217,8 @@ class Interrupted(Failure):
 
 
 def parse_args(argv=None):
-    """Command line -> Args: defaults, then the run's own or the suite's preset, then the flags that were given."""
+    """Command line -> Args: defaults, then the run's own or the suite's preset, then the flags that were given.
+    Changed from planet.py: [C9]"""
     argv = sys.argv[1:] if argv is None else list(argv)
     presets = "\n".join(f"    {name}: {show(preset)}" for name, preset in PRESETS.items())
     text = f"{__doc__}\nPresets by the first word of --env-id:\n{presets}"
@@ -620,7 +636,7 @@ class Replay:
 
 
 def sample_onehot(probs, noise):
-    """Probabilities (..., K) and uniform noise (..., 1) -> a one-hot sample, with straight-through gradient."""
+    """Probabilities (..., K) and uniform noise (..., 1) -> a one-hot sample, with straight-through gradient. [C2]"""
     with torch.no_grad():
         index = (probs[..., :-1].cumsum(-1) <= noise).sum(-1)
         onehot = F.one_hot(index, probs.shape[-1]).to(probs.dtype)
@@ -657,7 +673,7 @@ def lambda_return(reward, cont, next_value, lmbda):
     """λ-returns: (N, T) each -> (N, T); Eq. 6 (arXiv:1912.01603).
 
     R_t = r_t + c_t · ((1 - λ) v_t+1 + λ R_t+1), R_T = v_T.
-    """
+    [C1]"""
     interim = reward + cont * (1 - lmbda) * next_value
     returns = [next_value[:, -1]]
     for t in range(reward.shape[1] - 1, -1, -1):
@@ -707,14 +723,14 @@ class Deconv(nn.ConvTranspose2d):
 
 
 class Layer(nn.Sequential):
-    """Linear, ELU."""
+    """Linear, ELU. Changed from planet.py: [C4], [C5]"""
 
     def __init__(self, inp, units):
         super().__init__(Linear(inp, units), nn.ELU())
 
 
 class MLP(nn.Sequential):
-    """`layers` layers and a linear output, in float32: (..., inp) -> (..., out)."""
+    """`layers` layers and a linear output, in float32: (..., inp) -> (..., out). Changed from planet.py: [C5]"""
 
     def __init__(self, inp, out, layers, units):
         super().__init__(*[Layer(units if i else inp, units) for i in range(layers)], Linear(units, out))
@@ -724,7 +740,8 @@ class MLP(nn.Sequential):
 
 
 class Encoder(nn.Module):
-    """Observations (B, T, ...) -> embed (B, T, E): vectors through an MLP, images through convolutions."""
+    """Observations (B, T, ...) -> embed (B, T, E): vectors through an MLP, images through convolutions.
+    Changed from planet.py: [C5], [C6]"""
 
     def __init__(self, spaces, args):
         super().__init__()
@@ -754,7 +771,8 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Features (B, T, F) -> key -> means: vectors, images in [-0.5, 0.5], logits of classes."""
+    """Features (B, T, F) -> key -> means: vectors, images in [-0.5, 0.5], logits of classes.
+    Changed from planet.py: [C5]"""
     def __init__(self, spaces, args):
         super().__init__()
         self.spaces = spaces
@@ -812,7 +830,8 @@ def vector_input(value, space):
 
 
 class RSSM(nn.Module):
-    """Recurrent state-space model, Eq. 7 (arXiv:1912.01603): a state is deter (B, D) and stoch (B, S)."""
+    """Recurrent state-space model, Eq. 7 (arXiv:1912.01603): a state is deter (B, D) and stoch (B, S).
+    Changed from planet.py: [C4]"""
     def __init__(self, args, embed_dim, action_dim):
         super().__init__()
         self.args = args
@@ -825,12 +844,13 @@ class RSSM(nn.Module):
         self.prior_net = MLP(args.deter, 2 * args.stoch, 1, args.hidden)
 
     def initial(self, batch_size):
-        """State of zeros: deter (B, D), stoch (B, S)."""
+        """State of zeros: deter (B, D), stoch (B, S). Changed from planet.py: [C4]"""
         zeros, args = self.post_out.weight.new_zeros, self.args
         return zeros(batch_size, args.deter), zeros(batch_size, args.stoch)
 
     def kernels(self):
-        """What a scan uses at every step, made once: parts of the input layer and of the posterior's."""
+        """What a scan uses at every step, made once: parts of the input layer and of the posterior's.
+        Changed from planet.py: [C4]"""
         args = self.args
         stoch, action = self.inputs[0].weight.T.split([args.stoch, self.inputs[0].in_features - args.stoch])
         post, embed = self.post_in[0].weight.T.split([args.deter, self.post_in[0].in_features - args.deter])
@@ -843,7 +863,7 @@ class RSSM(nn.Module):
         return action @ kernels["action"] + self.inputs[0].bias
 
     def core(self, deter, stoch, action_input, kernels):
-        """GRU: deter (B, D), stoch (B, S), the action's share -> next deter (B, D)."""
+        """GRU: deter (B, D), stoch (B, S), the action's share -> next deter (B, D). Changed from planet.py: [C4]"""
         _, activation = self.inputs
         x = activation(stoch @ kernels["stoch"] + action_input)
         x_reset, x_cand, x_update = self.gates(x).chunk(3, -1)
@@ -853,7 +873,7 @@ class RSSM(nn.Module):
         return torch.lerp(cand.float(), deter, update.float())
 
     def sample(self, moments, noise):
-        """Mean and deviation (..., S, 2), normal noise (..., S) -> stoch (..., S)."""
+        """Mean and deviation (..., S, 2), normal noise (..., S) -> stoch (..., S). Changed from planet.py: [C4]"""
         return moments[..., 0] + moments[..., 1] * noise
 
     def entropy(self, moments):
@@ -861,7 +881,7 @@ class RSSM(nn.Module):
         return (moments[..., 1].log() + (1 + math.log(2 * math.pi)) / 2).sum(-1)
 
     def prior(self, deter):
-        """Mean and deviation of stoch before the observation: (..., D) -> (..., S, 2)."""
+        """Mean and deviation of stoch before the observation: (..., D) -> (..., S, 2). Changed from planet.py: [C4]"""
         return gaussian(self.prior_net(deter))
 
     def obs_step(self, state, action_input, embed_input, mask, noise, kernels):
@@ -912,7 +932,7 @@ def feature(deter, stoch):
 
 
 class WorldModel(nn.Module):
-    """Encoder, RSSM, decoder, reward head and continue head."""
+    """Encoder, RSSM, decoder, reward head and continue head. Changed from planet.py: [C5], [C7]"""
 
     def __init__(self, args, spaces, action_dim):
         super().__init__()
@@ -928,7 +948,7 @@ class WorldModel(nn.Module):
         """Eq. 10 (arXiv:1912.01603) -> losses (B, T) by name, that of the KL an average; deter, stoch, feat; stats.
 
         data: observations (B, T, ...), action, reward, is_first, is_last, is_terminal; noise (B, T, S).
-        """
+        Changed from planet.py: [C3], [C7], [C10]"""
         args = self.args
         embed = self.encoder(data)  # (B, T, E)
         deter, stoch, post = self.rssm.observe(embed, data["action"], data["is_first"], start, noise)
@@ -955,7 +975,8 @@ class WorldModel(nn.Module):
         return losses, deter, stoch, feat, stats
 
     def recon_loss(self, key, mean, target):
-        """Negative log-likelihood of images in [-0.5, 0.5] and vectors, cross entropy of classes: (B, T)."""
+        """Negative log-likelihood of images in [-0.5, 0.5] and vectors, cross entropy of classes: (B, T).
+        Changed from planet.py: [C6]"""
         space = self.spaces[key]
         if isinstance(space, gym.spaces.Discrete):
             return F.cross_entropy(mean.flatten(0, 1), target.flatten(), reduction="none").view_as(target)
@@ -963,17 +984,17 @@ class WorldModel(nn.Module):
         return normal_loss(mean, target).flatten(2).sum(-1) if mean.ndim > 2 else normal_loss(mean, target)
 
     def reward(self, feat):
-        """(..., F) -> expected reward (...)."""
+        """(..., F) -> expected reward (...). Changed from planet.py: [C4]"""
         return self.reward_head(feat).squeeze(-1)
 
     def cont(self, feat):
-        """(..., F) -> probability, times the discount, that the episode goes on (...)."""
+        """(..., F) -> probability, times the discount, that the episode goes on (...). Changed from planet.py: [C7]"""
         if self.continue_head is None:
             return feat.new_full(feat.shape[:-1], self.args.discount, dtype=torch.float32)
         return self.continue_head(feat).squeeze(-1).sigmoid()
 
     def decode(self, feat):
-        """(B, T, F) -> observations as the environment gives them, key -> (B, T, ...)."""
+        """(B, T, F) -> observations as the environment gives them, key -> (B, T, ...). Changed from planet.py: [C6]"""
         obs = {}
         for key, mean in self.decoder(feat).items():
             if isinstance(self.spaces[key], gym.spaces.Discrete):
@@ -988,7 +1009,7 @@ class WorldModel(nn.Module):
 
 
 class Actor(nn.Module):
-    """Policy over one-hot actions (categorical) or actions in [-1, 1]^A (tanh of a normal)."""
+    """Policy over one-hot actions (categorical) or actions in [-1, 1]^A (tanh of a normal). [C1], [C2]"""
     def __init__(self, args, feat_dim, action_dim, discrete):
         super().__init__()
         self.discrete = discrete
@@ -1027,7 +1048,7 @@ class Actor(nn.Module):
 
 
 class Behaviour(nn.Module):
-    """Actor and critic."""
+    """Actor and critic. [C1]"""
     def __init__(self, args, action_dim, discrete):
         super().__init__()
         self.args = args
@@ -1110,7 +1131,8 @@ class Adam:
 
 
 class Agent(nn.Module):
-    """World model, behaviour and optimizers: what is trained, what acts, what is saved."""
+    """World model, behaviour and optimizers: what is trained, what acts, what is saved.
+    Changed from planet.py: [C1], [C8]"""
     def __init__(self, args, spaces, action_space, device="cpu"):
         super().__init__()
         self.args, self.device = args, torch.device(device)
@@ -1152,7 +1174,7 @@ class Agent(nn.Module):
         """Observations with is_first of E environments, what it returned last -> deter, stoch, action (E, A).
 
         In evaluation, the action is the mode; in training, the sampled one is disturbed.
-        """
+        Changed from planet.py: [C1]"""
         deter, stoch, action = carry
         action = action * (1 - obs["is_first"].float().unsqueeze(-1))
         actor = self.behaviour.actor
@@ -1168,7 +1190,8 @@ class Agent(nn.Module):
             return deter, stoch, action
 
     def explore(self, action):
-        """Noise on continuous actions (E, A) or, instead of some discrete ones, random actions; paper: on the mode."""
+        """Noise on continuous actions (E, A) or, instead of some discrete ones, random actions; paper: on the mode.
+        Changed from planet.py: [C2]"""
         args = self.args
         if not self.discrete:
             return (action + args.action_noise * torch.randn_like(action)).clamp(-1, 1)
@@ -1194,13 +1217,14 @@ class Agent(nn.Module):
         return torch.randn(*shape, self.args.stoch, generator=generator, device=device).to(self.device)
 
     def action_noise(self, *shape):
-        """What one action's sample takes: uniform (..., 1) or normal (..., A)."""
+        """What one action's sample takes: uniform (..., 1) or normal (..., A). [C1]"""
         if self.discrete:
             return torch.rand(*shape, 1, device=self.device)
         return torch.randn(*shape, self.action_dim, device=self.device)
 
     def noise(self, B, T):
-        """All random numbers of one update: post (B, T, S), prior (N, H, S), action (N, H, 1 or A)."""
+        """All random numbers of one update: post (B, T, S), prior (N, H, S), action (N, H, 1 or A).
+        Changed from planet.py: [C1], [C3], [C6]"""
         N, H = B * (T - self.args.predict_continue), self.args.imagination_horizon
         return {"post": self.latent_noise(B, T), "prior": self.latent_noise(N, H), "action": self.action_noise(N, H)}
 
@@ -1213,7 +1237,7 @@ class Agent(nn.Module):
 
         data: observations (B, T, ...), action (B, T, A), reward, is_first, is_last, is_terminal (B, T). With several
         processes each has its share of the batch.
-        """
+        Changed from planet.py: [C1], [C3], [C6]"""
         args = self.args
         noise = noise or self.noise(*data["reward"].shape)
         if args.tanh_rewards:
@@ -1594,7 +1618,8 @@ def record(agent, args, replay, log, run, frame):
 
 
 def train(args):
-    """Trains until `total_timesteps`, from the start or from a checkpoint; returns the run directory."""
+    """Trains until `total_timesteps`, from the start or from a checkpoint; returns the run directory.
+    Changed from planet.py: [C9]"""
     device, rank, world = setup(args)
     name = f"{args.env_id.replace('/', '-')}__{args.exp_name}__{args.seed}__{int(time.time())}"
     names = [args.resume or f"{args.run_dir}/{name}"]
@@ -1755,12 +1780,13 @@ def train(args):
 
 
 def updates_per_step(args):
-    """Updates for each step of an environment."""
+    """Updates for each step of an environment. Changed from planet.py: [C9]"""
     return args.train_steps / args.train_every
 
 
 def updates_due(args, step, due_from, ready):
-    """Updates to do now, and the step up to which all are done then; None before the replay holds a first batch."""
+    """Updates to do now, and the step up to which all are done then; None before the replay holds a first batch.
+    Changed from planet.py: [C9]"""
     if due_from is None and step > args.prefill + 100_000:
         raise Interrupted(f"no complete episode of more than {args.batch_length} steps: lower --batch-length")
     if not ready or step < args.prefill:
@@ -1842,7 +1868,8 @@ def png(frame):
 
 
 def play(args):
-    """--play: a page on 127.0.0.1 where you act in the dream; with --capture-video an mp4 of the actor in it."""
+    """--play: a page on 127.0.0.1 where you act in the dream; with --capture-video an mp4 of the actor in it.
+    Changed from planet.py: [C1]"""
     agent, env = load_run(args, args.play)
     dream = Dream(agent, env)
     obs, info = dream.reset(seed=args.seed)

@@ -122,32 +122,32 @@ class Args:
     """frames after which an episode is cut; default: the environment's own limit"""
 
     # PlaNet. Defaults: the authors' code, unless said otherwise
-    dynamics: Literal["rssm", "ssm", "rnn"] = "rssm"
-    """state-space model: with a recurrent state, without one, or with it but without noise"""
     deter: int = 200
     """units of the recurrent state"""
     hidden: int = 200
     """units of the layers inside the RSSM"""
+    dynamics: Literal["rssm", "ssm", "rnn"] = "rssm"
+    """state-space model: with a recurrent state, without one, or with it but without noise"""
     activation: Literal["relu", "elu"] = "relu"
     """of the layers inside the RSSM"""
     depth: int = 32
     """channels of the convolutions, times 1, 2, 4, 8"""
     units: int = 300
-    """units of all other layers (paper: 200)"""
+    """units of all other layers; paper: 200"""
     stoch: int = 30
-    """variables of the stochastic state"""
+    """Gaussian variables of the stochastic state"""
     bits: int = 5
     """to which each channel of an image is reduced, then noise of one step is added"""
     reward_scale: float = 10.0
-    """scale of the reward loss (paper: none)"""
+    """scale of the reward loss; paper: none"""
     kl_scale: float = 1.0
     """scale of the KL loss"""
     free_nats: float = 3.0
-    """nats that the KL of a step may have without loss"""
+    """nats below which a step's KL gives no gradient"""
     overshooting_distance: int = 0
     """steps over which open-loop predictions are trained too; 0: none"""
     overshooting_scale: float = 1.0
-    """scale of their loss (authors: 0, no overshooting)"""
+    """scale of their loss; authors: 0"""
     planner: Literal["cem", "random-shooting"] = "cem"
     """cross-entropy method, or the best of one set of candidates"""
     planning_horizon: int = 12
@@ -159,7 +159,9 @@ class Args:
     elites: int = 100
     """best candidates, to which the distribution is fitted"""
     action_noise: float = 0.3
-    """standard deviation of what is added to planned actions in training; share of random ones if discrete"""
+    """standard deviation of the noise on continuous actions in training"""
+    random_actions: float = 0.3
+    """share of random actions in training, if they are discrete"""
     model_rate: float = 1e-3
     """learning rate of the world model"""
     epsilon: float = 1e-4
@@ -174,8 +176,8 @@ class Args:
     """updates for each episode"""
     seed_episodes: int = 5
     """episodes with random actions at the start, of all environments together"""
-    replay_size: int = 2_000_000
-    """steps that the replay holds (authors: all)"""
+    replay_size: int = 10_000_000
+    """steps that the replay holds; the authors keep all"""
 
 
 PRESETS = {"dmc": dict(obs="pixels", action_repeat=2)}  # by the first word of --env-id
@@ -1124,7 +1126,7 @@ class Agent(nn.Module):
         args = self.args
         if not self.discrete:
             return (action + args.action_noise * torch.randn_like(action)).clamp(-1, 1)
-        random = torch.rand(len(action), 1, device=self.device) < args.action_noise
+        random = torch.rand(len(action), 1, device=self.device) < args.random_actions
         return torch.where(random, self.random_action(len(action)), action)
 
     def random_action(self, num_envs):

@@ -26,7 +26,7 @@ SYMBOLS = {
     "dreamer_v2": dict(B=3, T=5, L=6, H=7, R=8, N=15, D=24, S=10, K=11, E=48, F=134),
     "dreamer_v3": dict(B=3, T=5, L=4, H=7, R=8, N=15, D=24, G=6, S=10, K=11, X=13, E=80, F=134),
 }
-LEAST = 20  # comments that must have been checked
+LEAST = 16  # comments that must have been checked
 COMMENT = re.compile(r"#.*?\((\w[\w ]*(?:, [\w ]+)*,?)\)\s*$")
 SPACES = {"vector": gym.spaces.Box(-np.inf, np.inf, (3,)), "image": gym.spaces.Box(0, 255, (64, 64, 3), np.uint8)}
 
