@@ -293,3 +293,262 @@ def test_parity_adam(path):
 def pixel_agent(**options):
     spaces = {"image": gym.spaces.Box(0, 255, (64, 64, 3), np.uint8)}
     return script.Agent(script.Args(amp=False, **options), spaces, gym.spaces.Box(-1, 1, (6,)), DEVICE)
+
+
+@pytest.mark.parametrize(
+    "dynamics, counts",
+    [
+        ("rssm", dict(encoder=690_144, rssm=557_320, decoder=3_795_555, reward_head=250_201)),
+        ("rnn", dict(encoder=690_144, rssm=557_320, decoder=3_795_555, reward_head=250_201)),
+        ("ssm", dict(encoder=690_144, rssm=19_460 + 229_060, decoder=3_795_555 - 200 * 1024, reward_head=190_201)),
+    ],
+)
+def test_parameter_counts(dynamics, counts):
+    """Those of the authors' code; without a recurrent state, the heads see 200 numbers less."""
+    model = pixel_agent(dynamics=dynamics).world_model
+    sizes = {name: sum(p.numel() for p in getattr(model, name).parameters()) for name in counts}
+    assert sizes == counts
+    assert dynamics == "ssm" or sum(p.numel() for p in model.parameters()) == 5_293_220
+
+
+def test_parity_full_size(path):
+    """The recorded network has our parameters; its losses follow from its outputs as ours do."""
+    golden = np.load(path)
+    recorded = [tuple(map(int, shape.split(","))) for shape in golden["full/param_shapes"]]
+    actions = golden["full/in/action"].shape[-1]
+    spaces = {"image": gym.spaces.Box(0, 255, (64, 64, 3), np.uint8)}
+    agent = script.Agent(script.Args(amp=False), spaces, gym.spaces.Box(-1, 1, (actions,)), DEVICE)
+    size = sum(parameter.numel() for parameter in agent.parameters())
+    assert size == sum(int(np.prod(shape)) for shape in recorded)
+    read = lambda name: tensor(golden[f"full/{name}"])  # noqa: E731
+    post, prior = (tensor(stats(golden, f"full/out/{name}_")) for name in ("post", "prior"))
+    kl = script.kl_gaussian(post, prior)
+    close(kl, golden["full/out/kl"])
+    kl_loss = (kl - agent.args.free_nats).clamp(min=0).mean()
+    close(kl_loss, golden["full/out/objective_divergence"])
+    reward_loss = script.normal_loss(read("out/reward_mean"), read("in/reward")).mean()
+    close(-reward_loss, golden["full/out/objective_reward"])
+    total = kl_loss + agent.args.reward_scale * reward_loss - read("out/objective_image")
+    close(total, golden["full/out/total_loss"])
+
+
+# Planner
+
+
+def follow(target):
+    """A known system, x' = x + a from x = 0, whose state is to follow a target (N, H, A)."""
+    target = target.unsqueeze(1)
+    return lambda action: -(action.cumsum(2) - target).square().sum((2, 3))
+
+
+def test_the_planner_finds_the_optimum_of_a_known_system():
+    torch.manual_seed(0)
+    best = torch.rand(3, 6, 2, device=DEVICE) * 1.6 - 0.8
+    noise = torch.randn(40, 3, 1000, 6, 2, device=DEVICE)
+    close(script.plan(follow(best.cumsum(1)), noise, 100), best.cpu(), atol=0.06)
+    far = torch.tensor([5.0, -5.0], device=DEVICE) * torch.arange(1, 7, device=DEVICE).unsqueeze(1)
+    plan = script.plan(follow(far.expand(3, 6, 2)), noise, 100)  # out of reach: as far as actions go
+    close(plan, torch.tensor([1.0, -1.0]).expand(3, 6, 2), atol=0.02)
+
+
+def test_environments_are_planned_for_as_if_alone():
+    torch.manual_seed(0)
+    target, noise = torch.randn(4, 5, 2, device=DEVICE), torch.randn(3, 4, 50, 5, 2, device=DEVICE)
+    together = script.plan(follow(target), noise, 7)
+    for env in range(4):
+        one = slice(env, env + 1)
+        close(script.plan(follow(target[one]), noise[:, one], 7), together[one].cpu(), atol=1e-6)
+    shifted = script.plan(lambda action: follow(target)(action) + 7.0, noise, 7)
+    close(shifted, together.cpu(), atol=1e-6)
+
+
+def test_random_shooting_takes_the_best_candidate(monkeypatch):
+    agent = small(planner="random-shooting", candidates=20, planning_horizon=4)[0]
+    seen = []
+
+    def evaluate(model, state, action, noise):
+        seen.append(action)
+        return action.sum((2, 3))
+
+    monkeypatch.setattr(script, "predicted_return", evaluate)
+    action = agent.plan(*agent.world_model.rssm.initial(3))
+    (candidates,) = seen
+    assert candidates.shape == (3, 20, 4, 2) and candidates.abs().max() <= 1
+    close(action, candidates[torch.arange(3), candidates.sum((2, 3)).argmax(1), 0].cpu())
+
+
+def test_discrete_actions_are_planned(monkeypatch):
+    agent = small(discrete=True, candidates=100, elites=10, iterations=5)[0]
+    wanted = torch.tensor([2, 0], device=DEVICE)
+
+    def evaluate(model, state, action, noise):
+        assert (action.sum(-1) == 1).all() and (action.amax(-1) == 1).all()
+        return action[:, :, 0].gather(-1, wanted[:, None, None].expand(-1, 100, 1)).squeeze(-1)
+
+    monkeypatch.setattr(script, "predicted_return", evaluate)
+    assert agent.plan(*agent.world_model.rssm.initial(2)).argmax(-1).tolist() == [2, 0]
+
+
+@pytest.mark.parametrize("dynamics", ["rssm", "ssm", "rnn"])
+def test_predicted_returns_are_those_of_single_steps(dynamics):
+    agent, _ = small(dynamics=dynamics)
+    model, noise = agent.world_model, torch.randn(2, 3, 4, 3, device=DEVICE)
+    state = tuple(torch.randn_like(x) for x in model.rssm.initial(2))
+    action = torch.rand(2, 3, 4, 2, device=DEVICE) * 2 - 1
+    with torch.no_grad():
+        returns = script.predicted_return(model, state, action, noise)
+        for env in range(2):
+            for candidate in range(3):
+                one, total = tuple(x[env : env + 1] for x in state), 0.0
+                for t in range(4):
+                    step = action[env, candidate, t][None], noise[env, candidate, t][None]
+                    one = model.rssm.img_step(one, *step, model.rssm.kernels())
+                    total += model.reward(script.feature(*one)).item()
+                assert returns[env, candidate].item() == pytest.approx(total, abs=1e-4)
+
+
+def test_acting_disturbs_the_plan_in_training_only(monkeypatch):
+    agent, data = small(action_noise=0.3)
+    planned = torch.full((2, 2), 0.9, device=DEVICE)
+    monkeypatch.setattr(agent, "plan", lambda deter, stoch: planned)
+    obs = {"vector": data["vector"][:, 0], "is_first": data["is_first"][:, 0]}
+    *_, action = agent.act(obs, agent.initial(2), training=False)
+    assert torch.equal(action, planned)
+    actions = torch.stack([agent.act(obs, agent.initial(2))[2] for _ in range(500)])
+    assert actions.max() == 1 and actions.min() < 0.5
+    assert (actions < 1).float().mean().item() == pytest.approx(0.63, abs=0.06)  # P(0.9 + 0.3 z < 1)
+
+
+# Model and objective
+
+SMALL = dict(deter=8, hidden=8, stoch=3, units=8, depth=1, planning_horizon=3, candidates=6, iterations=2, elites=2)
+
+
+def small(discrete=False, **options):
+    """A small agent that sees vectors, and a batch."""
+    torch.manual_seed(0)
+    args = script.Args(amp=False, batch_size=2, batch_length=5, **SMALL | options)
+    space = gym.spaces.Discrete(3) if discrete else gym.spaces.Box(-1, 1, (2,))
+    agent = script.Agent(args, {"vector": gym.spaces.Box(-1, 1, (6,))}, space, DEVICE)
+    B, T = args.batch_size, args.batch_length
+    data = {"vector": torch.randn(B, T, 6), "action": torch.rand(B, T, agent.action_dim), "reward": torch.randn(B, T)}
+    data["is_first"] = torch.arange(T).expand(B, T) == 0
+    return agent, {key: value.to(DEVICE) for key, value in data.items()}
+
+
+def reached(loss, module):
+    """Parameters of the module that a loss gives a gradient."""
+    named = dict(module.named_parameters())
+    grads = torch.autograd.grad(loss, list(named.values()), allow_unused=True, retain_graph=True)
+    return {name for name, grad in zip(named, grads, strict=True) if grad is not None and grad.abs().max() > 0}
+
+
+def test_free_nats_apply_to_each_step():
+    agent, data = small()
+    noise = agent.noise(2, 5)
+    kl = agent.world_model.loss(data, agent.start(data), noise)[1]["kl"].item()
+    for free_nats in (0.0, 0.5 * kl, 1e3):
+        agent, _ = small(free_nats=free_nats)
+        model = agent.world_model
+        deter, _, post = model.rssm.observe(
+            model.encoder(data), data["action"], data["is_first"], agent.start(data), noise["post"]
+        )
+        each = script.kl_gaussian(post, model.rssm.prior(deter)) - free_nats
+        losses, _ = model.loss(data, agent.start(data), noise)
+        close(losses["kl_loss"], each.clamp(min=0).detach().cpu())
+        assert bool(reached(losses["kl_loss"].mean(), model)) == (free_nats < 1e3)
+
+
+def test_the_prior_of_the_deterministic_model_is_not_trained():
+    for dynamics, trained in (("rssm", True), ("ssm", True), ("rnn", False)):
+        agent, data = small(dynamics=dynamics, free_nats=0.0, overshooting_distance=0)
+        before = [p.clone() for p in agent.world_model.rssm.prior_net.parameters()]
+        agent.update(data)
+        after = agent.world_model.rssm.prior_net.parameters()
+        assert any(not torch.equal(a, b) for a, b in zip(before, after, strict=True)) == trained, dynamics
+
+
+@pytest.mark.parametrize("dynamics", ["rssm", "ssm"])
+def test_overshooting_is_open_loop_prediction(dynamics):
+    """Against one start at a time; the posterior that is the target gets no gradient; nothing lies beyond the end."""
+    agent, data = small(dynamics=dynamics)
+    rssm, distance = agent.world_model.rssm, 4
+    deter, stoch, post = (torch.rand(2, 5, *size, device=DEVICE) for size in ((rssm.deter,), (3,), (3, 2)))
+    noise = torch.randn(2, 5, distance, 3, device=DEVICE)
+    post.requires_grad_()
+    kl = rssm.overshoot(deter, stoch, post, data["action"], noise)
+    assert kl.shape == (2, 5, distance - 1) and kl.requires_grad
+    assert torch.autograd.grad(kl.sum(), post, allow_unused=True, retain_graph=True) == (None,)
+    for start in range(5):
+        state = (deter[:, start - 1], stoch[:, start - 1]) if start else rssm.initial(2)
+        for k in range(distance):
+            if start + k > 4:
+                assert not kl[:, start, max(k - 1, 0) :].any() or k == 0
+                continue
+            state = rssm.img_step(state, data["action"][:, start + k], noise[:, start, k], rssm.kernels())
+            if k:
+                prior = rssm.prior(state[0])
+                close(kl[:, start, k - 1], script.kl_gaussian(post[:, start + k], prior).detach().cpu(), atol=1e-4)
+
+
+def test_images_are_reduced_and_dithered():
+    image = torch.arange(256, dtype=torch.uint8)
+    x = script.preprocess(image, 5, torch.rand(256))
+    assert -0.5 <= x.min() and x.max() < 0.5
+    assert ((x + 0.5) * 32).floor().tolist() == [value // 8 for value in range(256)]
+    assert script.postprocess(x, 5).tolist() == [value // 8 * 8 for value in range(256)]
+    assert (script.postprocess(script.preprocess(image, 8), 8) == image).all()
+    agent = pixel_agent(depth=1, candidates=4, iterations=1, elites=1, planning_horizon=2)
+    obs = {"image": image.view(1, 16, 16, 1).expand(1, 16, 16, 3).repeat(1, 4, 4, 1).to(DEVICE)}
+    one, two = (agent.dither(obs, agent.image_noise(1))["image"] for _ in range(2))
+    assert not torch.equal(one, two) and (one - two).abs().max() < 1 / 32
+
+
+ABLATIONS = [{}, dict(dynamics="ssm"), dict(dynamics="rnn"), dict(activation="elu"), dict(overshooting_distance=4)]
+
+
+@pytest.mark.parametrize("option", ABLATIONS, ids=str)
+@pytest.mark.parametrize("discrete", [True, False])
+def test_ablations_learn(option, discrete):
+    agent, data = small(discrete, model_rate=1e-2, **option)
+    noise = agent.noise(2, 5)
+    metrics = [agent.update(data, noise)[1] for _ in range(30)]
+    assert all(value.isfinite() for step in metrics for value in step.values())
+    assert ("losses/overshooting_loss" in metrics[0]) == ("overshooting_distance" in option)
+    for key in ("losses/recon_loss_vector", "losses/reward_loss"):
+        assert metrics[-1][key] < metrics[0][key]
+
+
+# Replay and schedule
+
+
+def test_sequences_never_cross_an_episode_s_end(tmp_path):
+    replay = script.Replay(str(tmp_path), {"number": ((), "int64"), "is_first": ((), "bool")}, 1, 1000, 5)
+    for steps in (6, 4, 21, 9):  # one that is too short, and one that is not over
+        for i in range(steps):
+            replay.add({"number": np.array([replay.count]), "is_first": np.array([i == 0])})
+    starts = replay.draw(4000, np.random.default_rng(0))[:, 0]
+    assert set(starts) == {0, 1, *range(10, 27)}  # first and last steps of the episodes too
+    assert np.mean(starts < 10) == pytest.approx(0.5, abs=0.03)  # episodes are drawn, then steps
+    data, _ = replay.get(np.array([[26, 0]]))
+    assert data["number"].tolist() == [[26, 27, 28, 29, 30]]
+
+
+def test_schedule():
+    args = script.Args(seed_episodes=3, train_steps=100)
+    done, due_from = [], None
+    for episodes in (0, 1, 2, 3, 3, 4, 4, 6):
+        due, due_from = script.updates_due(args, episodes, due_from, ready=episodes > 1)
+        done.append(due)
+    assert done == [0, 0, 0, 100, 0, 100, 0, 200]
+    with pytest.raises(script.Failure, match="--batch-length"):
+        script.updates_due(args, 2000, None, ready=False)
+
+
+REPEATS = [("cartpole-swingup", 8), ("cup-catch", 4), ("walker-walk", 2), ("fish-swim", 2)]
+
+
+@pytest.mark.parametrize("task, repeat", REPEATS)
+def test_action_repeats(task, repeat):
+    assert script.parse_args(["--env-id", f"dmc-{task}"]).action_repeat == repeat
+    assert script.parse_args(["--env-id", f"dmc-{task}", "--action-repeat", "6"]).action_repeat == 6
