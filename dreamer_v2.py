@@ -751,6 +751,9 @@ class Deconv(nn.ConvTranspose2d):
         nn.init.zeros_(self.bias)
 
     def forward(self, x):
+        if x.shape[1] == 1:  # of a 1×1 image it is a matrix product, which takes a CPU a sixth of the time
+            weight, size = self.weight.permute(0, 2, 3, 1).flatten(1), self.kernel_size
+            return torch.addmm(self.bias.repeat(size[0] ** 2), x.flatten(1), weight).unflatten(1, (*size, -1))
         return super().forward(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
 
 

@@ -21,7 +21,7 @@ sys.path[:0] = [str(ROOT), str(TESTS)]
 ALL = ("worldmodels_v1", "planet", "dreamer_v1", "dreamer_v2", "dreamer_v3", "genie")
 TINY = {
     "dreamer_v1": "--deter 64 --hidden 16 --units 16 --depth 2 --stoch 4 --batch-size 4 --batch-length 8 "
-    "--imagination-horizon 3 --prefill 20 --train-every 10 --train-steps 5 --pretrain 2 --model-rate 1e-3",
+    "--imagination-horizon 3 --prefill 20 --train-every 6 --train-steps 3 --pretrain 2 --model-rate 1e-3",
     "dreamer_v2": "--deter 64 --hidden 16 --classes 4 --units 16 --depth 2 --stoch 4 --batch-size 4 --batch-length 8 "
     "--imagination-horizon 3 --prefill 20 --train-every 2 --pretrain 2 --model-rate 1e-3",
     "dreamer_v3": "--size 1m --deter 64 --hidden 16 --classes 4 --units 16 --depth 2 --stoch 4 --blocks 4 --bins 15 "
