@@ -124,7 +124,7 @@ class Args:
     depth: int = 32
     """channels of the convolutions, times 1, 2, 4, 8"""
     units: int = 400
-    """units of all other layers; paper: 300"""
+    """units of all other layers"""
     stoch: int = 30
     """Gaussian variables of the stochastic state"""
     tanh_rewards: bool = False
@@ -140,7 +140,7 @@ class Args:
     continue_scale: float = 10.0
     """scale of the continue loss"""
     critic: bool = True
-    """returns go on after the horizon by the critic's value; without, they end there, and have no baseline"""
+    """returns go on after the horizon by the critic's value; without, they end there"""
     imagination_horizon: int = 15
     """steps imagined from each state"""
     discount: float = 0.99
@@ -509,6 +509,7 @@ class Replay:
     streams grow together. Failure when the disk is too small or full; nothing that was written before is lost then.
     Only complete episodes are drawn from.
     """
+
     def __init__(self, folder, spaces, num_envs, capacity, length):
         self.folder, self.num_envs, self.length = folder, num_envs, length
         self.capacity = capacity
@@ -758,6 +759,7 @@ class Encoder(nn.Module):
 
 class Decoder(nn.Module):
     """Features (B, T, F) -> key -> means: vectors, images in [-0.5, 0.5], logits of classes."""
+
     def __init__(self, spaces, args):
         super().__init__()
         self.spaces = spaces
@@ -816,6 +818,7 @@ def vector_input(value, space):
 
 class RSSM(nn.Module):
     """Recurrent state-space model, Eq. 7 (arXiv:1912.01603): a state is deter (B, D) and stoch (B, S)."""
+
     def __init__(self, args, embed_dim, action_dim):
         super().__init__()
         self.args = args
@@ -992,6 +995,7 @@ class WorldModel(nn.Module):
 
 class Actor(nn.Module):
     """Policy over one-hot actions (categorical) or actions in [-1, 1]^A (tanh of a normal)."""
+
     def __init__(self, args, feat_dim, action_dim, discrete):
         super().__init__()
         self.discrete = discrete
@@ -1031,6 +1035,7 @@ class Actor(nn.Module):
 
 class Behaviour(nn.Module):
     """Actor and critic."""
+
     def __init__(self, args, action_dim, discrete):
         super().__init__()
         self.args = args
@@ -1114,6 +1119,7 @@ class Adam:
 
 class Agent(nn.Module):
     """World model, behaviour and optimizers: what is trained, what acts, what is saved."""
+
     def __init__(self, args, spaces, action_space, device="cpu"):
         super().__init__()
         self.args, self.device = args, torch.device(device)
