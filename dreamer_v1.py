@@ -139,7 +139,7 @@ class Args:
     depth: int = 32
     """channels of the convolutions, times 1, 2, 4, 8"""
     units: int = 400
-    """[C5] units of all other layers; paper: 300"""
+    """[C5] units of all other layers"""
     stoch: int = 30
     """Gaussian variables of the stochastic state"""
     tanh_rewards: bool = False
@@ -155,7 +155,7 @@ class Args:
     continue_scale: float = 10.0
     """[C7] scale of the continue loss"""
     critic: bool = True
-    """[C1] returns go on after the horizon by the critic's value; without, they end there, and have no baseline"""
+    """[C1] returns go on after the horizon by the critic's value; without, they end there"""
     imagination_horizon: int = 15
     """[C1] steps imagined from each state"""
     discount: float = 0.99
@@ -525,6 +525,7 @@ class Replay:
     streams grow together. Failure when the disk is too small or full; nothing that was written before is lost then.
     Only complete episodes are drawn from.
     """
+
     def __init__(self, folder, spaces, num_envs, capacity, length):
         self.folder, self.num_envs, self.length = folder, num_envs, length
         self.capacity = capacity
@@ -673,7 +674,8 @@ def lambda_return(reward, cont, next_value, lmbda):
     """λ-returns: (N, T) each -> (N, T); Eq. 6 (arXiv:1912.01603).
 
     R_t = r_t + c_t · ((1 - λ) v_t+1 + λ R_t+1), R_T = v_T.
-    [C1]"""
+    [C1]
+    """
     interim = reward + cont * (1 - lmbda) * next_value
     returns = [next_value[:, -1]]
     for t in range(reward.shape[1] - 1, -1, -1):
@@ -719,6 +721,9 @@ class Deconv(nn.ConvTranspose2d):
         nn.init.zeros_(self.bias)
 
     def forward(self, x):
+        if x.shape[1] == 1:  # of a 1×1 image it is a matrix product, which takes a CPU a sixth of the time
+            weight, size = self.weight.permute(0, 2, 3, 1).flatten(1), self.kernel_size
+            return torch.addmm(self.bias.repeat(size[0] ** 2), x.flatten(1), weight).unflatten(1, (*size, -1))
         return super().forward(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
 
 
@@ -773,6 +778,7 @@ class Encoder(nn.Module):
 class Decoder(nn.Module):
     """Features (B, T, F) -> key -> means: vectors, images in [-0.5, 0.5], logits of classes.
     Changed from planet.py: [C5]"""
+
     def __init__(self, spaces, args):
         super().__init__()
         self.spaces = spaces
@@ -832,6 +838,7 @@ def vector_input(value, space):
 class RSSM(nn.Module):
     """Recurrent state-space model, Eq. 7 (arXiv:1912.01603): a state is deter (B, D) and stoch (B, S).
     Changed from planet.py: [C4]"""
+
     def __init__(self, args, embed_dim, action_dim):
         super().__init__()
         self.args = args
@@ -948,7 +955,8 @@ class WorldModel(nn.Module):
         """Eq. 10 (arXiv:1912.01603) -> losses (B, T) by name, that of the KL an average; deter, stoch, feat; stats.
 
         data: observations (B, T, ...), action, reward, is_first, is_last, is_terminal; noise (B, T, S).
-        Changed from planet.py: [C3], [C7], [C10]"""
+        Changed from planet.py: [C3], [C7], [C10]
+        """
         args = self.args
         embed = self.encoder(data)  # (B, T, E)
         deter, stoch, post = self.rssm.observe(embed, data["action"], data["is_first"], start, noise)
@@ -1010,6 +1018,7 @@ class WorldModel(nn.Module):
 
 class Actor(nn.Module):
     """Policy over one-hot actions (categorical) or actions in [-1, 1]^A (tanh of a normal). [C1], [C2]"""
+
     def __init__(self, args, feat_dim, action_dim, discrete):
         super().__init__()
         self.discrete = discrete
@@ -1049,6 +1058,7 @@ class Actor(nn.Module):
 
 class Behaviour(nn.Module):
     """Actor and critic. [C1]"""
+
     def __init__(self, args, action_dim, discrete):
         super().__init__()
         self.args = args
@@ -1133,6 +1143,7 @@ class Adam:
 class Agent(nn.Module):
     """World model, behaviour and optimizers: what is trained, what acts, what is saved.
     Changed from planet.py: [C1], [C8]"""
+
     def __init__(self, args, spaces, action_space, device="cpu"):
         super().__init__()
         self.args, self.device = args, torch.device(device)
@@ -1174,7 +1185,8 @@ class Agent(nn.Module):
         """Observations with is_first of E environments, what it returned last -> deter, stoch, action (E, A).
 
         In evaluation, the action is the mode; in training, the sampled one is disturbed.
-        Changed from planet.py: [C1]"""
+        Changed from planet.py: [C1]
+        """
         deter, stoch, action = carry
         action = action * (1 - obs["is_first"].float().unsqueeze(-1))
         actor = self.behaviour.actor
@@ -1237,7 +1249,8 @@ class Agent(nn.Module):
 
         data: observations (B, T, ...), action (B, T, A), reward, is_first, is_last, is_terminal (B, T). With several
         processes each has its share of the batch.
-        Changed from planet.py: [C1], [C3], [C6]"""
+        Changed from planet.py: [C1], [C3], [C6]
+        """
         args = self.args
         noise = noise or self.noise(*data["reward"].shape)
         if args.tanh_rewards:

@@ -8,6 +8,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 import dreamer_v1 as script
 
@@ -392,3 +393,235 @@ def test_parameter_counts():
     )  # fmt: skip
     args.predict_continue = True
     assert size(script.Agent(args, spaces, action).world_model.continue_head) == 413_601
+
+
+# Maths
+
+
+SMALL = dict(deter=8, hidden=8, stoch=3, units=8, depth=1, imagination_horizon=4, batch_size=2, batch_length=5)
+
+
+def small(discrete=False, **options):
+    """A small agent that sees vectors, and a batch."""
+    torch.manual_seed(0)
+    args = script.Args(**SMALL | dict(predict_continue=True, free_nats=0.0) | options)
+    space = gym.spaces.Discrete(3) if discrete else gym.spaces.Box(-1, 1, (2,))
+    agent = script.Agent(args, {"vector": gym.spaces.Box(-1, 1, (6,))}, space)
+    B, T = args.batch_size, args.batch_length
+    action = F.one_hot(torch.randint(3, (B, T)), 3).float() if discrete else torch.rand(B, T, 2) * 2 - 1
+    data = {"vector": torch.randn(B, T, 6), "action": action, "reward": torch.randn(B, T)}
+    data |= {name: torch.zeros(B, T, dtype=torch.bool) for name in script.FLAGS}
+    data["is_first"][:, 0] = True
+    data["is_terminal"][0, -1] = True
+    return agent, data
+
+
+def reached(loss, module):
+    """Whether a loss gives the module's parameters a gradient."""
+    grads = torch.autograd.grad(loss, list(module.parameters()), allow_unused=True, retain_graph=True)
+    return any(grad is not None and grad.abs().max() > 0 for grad in grads)
+
+
+def all_losses(agent, data):
+    """Losses of world model and behaviour, by name."""
+    noise = agent.noise(*data["reward"].shape)
+    losses, deter, stoch, *_ = agent.world_model.loss(data, agent.start(data), noise["post"])
+    return losses | agent.behaviour.loss(agent.world_model, deter, stoch, noise)[0]
+
+
+@pytest.mark.parametrize("source", ["all", "image", "reward"])
+def test_who_shapes_the_representation(source):
+    agent, data = small(representation_from=source)
+    model, losses = agent.world_model, all_losses(agent, data)
+    assert reached(losses["recon_loss_vector"].mean(), model.encoder) == (source != "reward")
+    assert reached(losses["reward_loss"].mean(), model.encoder) == (source != "image")
+    assert reached(losses["continue_loss"].mean(), model.encoder) == (source != "image")
+    assert reached(losses["reward_loss"].mean(), model.reward_head) and reached(losses["kl_loss"], model.encoder)
+    assert reached(losses["recon_loss_vector"].mean(), model.decoder)
+
+
+@pytest.mark.parametrize("discrete", [True, False])
+def test_the_actor_learns_through_the_dynamics(discrete):
+    agent, data = small(discrete)
+    model, behaviour, losses = agent.world_model, agent.behaviour, all_losses(agent, data)
+    actor, critic = losses["actor_loss"].mean(), losses["critic_loss"].mean()
+    assert losses["actor_loss"].shape == losses["critic_loss"].shape == (2 * 4, 3)  # not from a sequence's last state
+    assert reached(actor, behaviour.actor) and reached(critic, behaviour.critic)
+    assert reached(actor, model.rssm) and reached(actor, model.reward_head) and reached(actor, behaviour.critic)
+    assert not reached(actor, model.encoder)  # imagination starts from constants
+    assert not reached(critic, behaviour.actor) and not reached(critic, model)
+
+
+def test_a_discrete_action_has_the_gradient_of_its_probabilities():
+    actor = an_actor(discrete=True)
+    policy = actor(torch.randn(50, 3, device=DEVICE))
+    action = actor.sample(policy, torch.rand(50, 1, device=DEVICE))
+    assert set(action.detach().cpu().unique().tolist()) == {0.0, 1.0}
+    weight = torch.randn_like(action)
+    for mine, theirs in zip(
+        gradients((action * weight).sum(), list(actor.parameters())),
+        gradients((policy[0].exp() * weight).sum(), list(actor.parameters())),
+        strict=True,
+    ):
+        close(mine, theirs.cpu())
+
+
+def test_only_its_own_optimizer_moves_a_part():
+    agent, data = small()
+    parts = {"world_model": agent.world_model, "actor": agent.behaviour.actor, "critic": agent.behaviour.critic}
+    losses = all_losses(agent, data)
+    for trained in ("actor", "critic"):
+        before = {name: [p.clone() for p in part.parameters()] for name, part in parts.items()}
+        agent.descend({}, **{trained: losses[f"{trained}_loss"].mean()})
+        losses = all_losses(agent, data)
+        for name, part in parts.items():
+            moved = any(not torch.equal(a, b) for a, b in zip(before[name], part.parameters(), strict=True))
+            assert moved == (name == trained)
+
+
+def test_all_gradients_come_before_the_first_step():
+    """Unlike later Dreamers: the behaviour learns from the world model as it was when the sequences were encoded."""
+    agent, data = small()
+    noise = agent.noise(2, 5)
+    expected = gradients_by_name(agent, data, noise)
+    taken = {}
+    for name, optimizer in agent.optimizers.items():
+        original = optimizer.step
+        optimizer.step = lambda grads, name=name, original=original: (taken.update({name: grads}), original(grads))[1]
+    agent.update(data, noise)
+    for name, grads in expected.items():
+        for mine, theirs in zip(taken[name], grads, strict=True):
+            close(mine, theirs)
+
+
+def gradients_by_name(agent, data, noise):
+    """What each optimizer is to get, each computed alone."""
+    losses, deter, stoch, *_ = agent.world_model.loss(data, agent.start(data), noise["post"])
+    losses |= agent.behaviour.loss(agent.world_model, deter, stoch, noise)[0]
+    scales = {"continue_loss": agent.args.continue_scale}
+    model = [name for name in losses if name not in ("actor_loss", "critic_loss")]
+    total = sum(scales.get(name, 1.0) * losses[name].mean() for name in model)
+    totals = {"world_model": total, "actor": losses["actor_loss"].mean(), "critic": losses["critic_loss"].mean()}
+    return {name: gradients(loss, agent.optimizers[name].params) for name, loss in totals.items()}
+
+
+def test_free_nats_apply_to_the_average():
+    """Below them the KL gives no gradient; above them all of it, also that of steps below."""
+    agent, data = small()
+    for free_nats, some in ((0.0, True), (1e3, False)):
+        agent.args.free_nats = free_nats
+        loss = all_losses(agent, data)["kl_loss"]
+        assert loss.shape == () and reached(loss, agent.world_model.rssm) == some
+    assert loss == 1e3
+
+
+def test_rows_of_a_batch_have_noise_of_their_own():
+    agent, data = small()
+    data = {key: value[:1].expand(2, *value.shape[1:]) for key, value in data.items()}
+    noise = agent.noise(2, 5)
+    _, _, stoch, *_ = agent.world_model.loss(data, agent.start(data), noise["post"])
+    assert not torch.isclose(stoch[0], stoch[1]).any()
+    assert noise["prior"].std(0).min() > 0.1 and noise["action"].std(0).min() > 0.1
+
+
+def test_a_sequence_starts_from_zeros_but_with_its_action():
+    agent, data = small()
+    rssm, noise = agent.world_model.rssm, torch.zeros(2, 5, 3)
+    embed = agent.world_model.encoder(data)
+    inputs = embed, data["action"], data["is_first"]
+    whole = rssm.observe(*inputs, rssm.initial(2), noise)
+    other = rssm.observe(*inputs, tuple(torch.ones_like(x) for x in rssm.initial(2)), noise)
+    assert all(torch.equal(a, b) for a, b in zip(whole, other, strict=True))
+    changed = rssm.observe(embed, data["action"] + 1, data["is_first"], rssm.initial(2), noise)
+    assert not torch.isclose(whole[0][:, 0], changed[0][:, 0]).all()
+
+
+def test_without_a_critic_returns_are_sums_of_rewards():
+    agent, data = small(critic=False)
+    noise = agent.noise(2, 5)
+    _, deter, stoch, *_ = agent.world_model.loss(data, agent.start(data), noise["post"])
+    losses, stats = agent.behaviour.loss(agent.world_model, deter, stoch, noise)
+    _, _, reward, cont = agent.behaviour.sequences(agent.world_model, deter, stoch, noise)
+    totals = [torch.zeros(len(reward))]
+    for t in reversed(range(reward.shape[1] - 1)):
+        totals.append(reward[:, t] + cont[:, t] * totals[-1])
+    close(stats["return_mean"], torch.stack(totals[1:]).mean().item())
+    assert not reached(losses["actor_loss"].mean(), agent.behaviour.critic)
+
+
+def test_the_density_of_the_tanh_normal():
+    actor = an_actor(discrete=False)
+    grid = torch.linspace(-1, 1, 40_001, dtype=torch.float64, device=DEVICE)[1:-1]
+    for mean, std in ((0.3, 0.5), (-1.0, 0.2), (0.0, 0.8)):
+        policy = tuple(torch.full((1,), x, dtype=torch.float64, device=DEVICE) for x in (mean, std))
+        density = actor.log_prob(policy, grid.unsqueeze(1)).exp()
+        assert torch.trapezoid(density, grid).item() == pytest.approx(1, abs=1e-4)
+        samples = actor.sample(policy, torch.randn(200_000, 1, dtype=torch.float64, device=DEVICE))
+        assert samples.mean().item() == pytest.approx(torch.trapezoid(density * grid, grid).item(), abs=0.01)
+
+
+def test_the_mode_of_each_environment_is_its_own():
+    actor = an_actor(discrete=False)
+    policy = torch.tensor([[2.0, -2.0, 0.0], [-2.0, 2.0, 0.0]], device=DEVICE), torch.full((2, 3), 0.1, device=DEVICE)
+    noise = torch.randn(100, 2, 3, device=DEVICE)
+    mode = actor.mode(policy, noise)
+    for env in range(2):
+        one = tuple(p[env : env + 1] for p in policy)
+        samples = actor.sample(one, noise[:, env : env + 1])
+        close(mode[env], samples[actor.log_prob(one, samples).argmax(0)].flatten().cpu())
+
+
+def test_exploration():
+    agent, _ = small()
+    action = torch.full((20_000, 2), 0.5)
+    noisy = agent.explore(action)
+    assert noisy.abs().max() <= 1 and (noisy == 1).any()
+    inside = agent.explore(torch.zeros(20_000, 2))
+    assert inside.std().item() == pytest.approx(0.3, abs=0.01)
+    agent, _ = small(discrete=True)
+    action = F.one_hot(torch.zeros(30_000, dtype=torch.int64), 3).float()
+    for updates, share in ((0, 0.4), (100_000, 0.25), (200_000, 0.1), (10**7, 0.1)):
+        agent.optimizers["actor"].updates.fill_(updates)
+        explored = agent.explore(action)
+        assert torch.equal(explored.sum(-1), torch.ones(30_000))
+        assert (explored != action).any(-1).float().mean().item() == pytest.approx(share * 2 / 3, abs=0.02)
+
+
+@pytest.mark.parametrize("option", [{}, dict(critic=False), dict(predict_continue=False)], ids=str)
+@pytest.mark.parametrize("discrete", [True, False])
+def test_it_learns(option, discrete):
+    agent, data = small(discrete, model_rate=1e-2, **option)
+    noise = agent.noise(2, 5)
+    before = {name: parameter.clone() for name, parameter in agent.named_parameters()}
+    metrics = [agent.update(data, noise)[1] for _ in range(30)]
+    assert all(value.isfinite() for step in metrics for value in step.values())
+    assert metrics[-1]["losses/recon_loss_vector"] < metrics[0]["losses/recon_loss_vector"]
+    still = [name for name, parameter in agent.named_parameters() if torch.equal(parameter, before[name])]
+    assert not still, still
+
+
+# Replay and schedule
+
+
+def test_complete_episodes_are_drawn_uniformly_with_their_last_step(tmp_path):
+    spaces = {"number": ((), "int64"), "is_first": ((), "bool")}
+    replay = script.Replay(str(tmp_path), spaces, 1, 1000, 5)
+    for steps in [6, 5, 3, 20, 9]:  # too short (2), and one that is not complete
+        for i in range(steps):
+            replay.add({"number": np.array([replay.count]), "is_first": np.array([i == 0])})
+    assert len(replay) == 2 + 16
+    starts = replay.draw(4000, np.random.default_rng(0))[:, 0]
+    assert set(starts) == {0, 1, *range(14, 30)}
+    assert np.mean(starts < 14) == pytest.approx(0.5, abs=0.03)
+
+
+def test_schedule():
+    """100 updates for each 500 steps of the agent, in bursts."""
+    args = script.Args(prefill=100, pretrain=7)
+    done, due_from = [], None
+    for step in range(0, 2200, 2):
+        due, due_from = script.updates_due(args, step, due_from, step >= 104)
+        done.append(due)
+    assert not any(done[:52]) and done[52] == 7
+    assert [2 * i for i, due in enumerate(done) if due] == [104, 604, 1104, 1604, 2104]
+    assert set(done[53:]) == {0, 100} and script.updates_per_step(args) == 0.2

@@ -80,7 +80,7 @@ class Script:
 
     def code(self, name):
         """A unit without its marks."""
-        text = re.sub(r" *Changed from \w+\.py: [^\n]*?(?=\"\"\"|$)", "", "\n".join(self.units[name]), flags=re.M)
+        text = re.sub(r"\s*Changed from \w+\.py: [^\n]*?(?=\"\"\"|$)", "", "\n".join(self.units[name]), flags=re.M)
         text = re.sub(rf" *(# )?({MARK},? ?)+", "", text)
         return [line.rstrip() for line in text.split("\n") if line.strip()]
 
