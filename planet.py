@@ -185,7 +185,6 @@ REPEATS = {"cartpole-balance": 8, "cartpole-swingup": 8, "reacher-easy": 4, "che
 REPEATS = {f"dmc-{task}": dict(action_repeat=repeat) for task, repeat in REPEATS.items()}
 
 
-
 SCRIPT = Args().exp_name
 FIXED = ("seed", "env_id", "obs", "image_size", "action_repeat", "num_envs", "replay_size", "batch_length", "stoch")
 FIXED += ("dynamics", "deter", "hidden", "activation", "depth", "units", "bits")
@@ -900,7 +899,6 @@ class RSSM(nn.Module):
             state = self.img_step(state, actions[t], step_noise, kernels)
             feats.append(feature(*state))
         return torch.stack(feats, 1), torch.stack(actions, 1)
-
 
     def overshoot(self, deter, stoch, post, action, noise):
         """KL of the posterior, a constant here, from predictions over 2, 3, ... steps; Eq. 7 (arXiv:1811.04551v5).

@@ -9,7 +9,7 @@ from conftest import checkpoint, lines, metrics, only_run, run_script, start_scr
 
 TASKS = {
     "CartPole-v1": "--total-timesteps {}".format,
-    "dmc-cartpole-balance": lambda n: f"--obs state --time-limit 40 --total-timesteps {2 * n}",
+    "dmc-cartpole-balance": lambda n: f"--obs state --action-repeat 2 --time-limit 40 --total-timesteps {2 * n}",
     "atari-pong": lambda n: f"--image-size 64 --time-limit 80 --total-timesteps {4 * n}",
 }
 N = 120
