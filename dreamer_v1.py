@@ -165,11 +165,11 @@ class Args:
     action_noise: float = 0.3
     """standard deviation of the noise on continuous actions in training"""
     random_actions: float = 0.4
-    """[C2] share of random actions in training, if they are discrete, at first; paper"""
+    """[C2] share of random actions in training, if they are discrete, at first (paper)"""
     random_actions_end: float = 0.1
-    """[C2] share that is reached after `random_actions_updates`; paper"""
+    """[C2] share that is reached after `random_actions_updates` (paper)"""
     random_actions_updates: int = 200_000
-    """[C2] updates over which the share falls; paper"""
+    """[C2] updates over which the share falls (paper)"""
     model_rate: float = 6e-4
     """[C8] learning rate of the world model"""
     actor_rate: float = 8e-5
@@ -196,7 +196,7 @@ class Args:
     """steps that the replay holds; the authors keep all"""
 
 
-PRESETS = {  # [C9] by the first word of --env-id, then by that word and --obs; paper, Appendices A and C
+PRESETS = {  # [C9] by the first word of --env-id, then by that word and --obs; for Atari, of the paper
     "dmc": dict(obs="pixels", action_repeat=2, total_timesteps=5_000_000),
     "atari": dict(total_timesteps=200_000_000, action_repeat=4, eval_every=1_000_000, imagination_horizon=10)
     | dict(tanh_rewards=True, kl_scale=0.1, predict_continue=True),
@@ -836,7 +836,7 @@ def vector_input(value, space):
 
 
 class RSSM(nn.Module):
-    """Recurrent state-space model, Eq. 7 (arXiv:1912.01603): a state is deter (B, D) and stoch (B, S).
+    """Recurrent state-space model, Eq. 1 (arXiv:1912.01603): a state is deter (B, D) and stoch (B, S).
     Changed from planet.py: [C4]"""
 
     def __init__(self, args, embed_dim, action_dim):
@@ -1034,7 +1034,7 @@ class Actor(nn.Module):
         return 5 * torch.tanh(mean / 5), F.softplus(std + math.log(math.exp(5) - 1)) + 1e-4
 
     def sample(self, policy, noise):
-        """Noise, uniform (..., 1) or normal (..., A) -> action (..., A)."""
+        """Noise, uniform (..., 1) or normal (..., A) -> action (..., A); Eq. 3 (arXiv:1912.01603)."""
         if self.discrete:
             return sample_onehot(policy[0].exp(), noise)
         return torch.tanh(policy[0] + policy[1] * noise)
@@ -1079,7 +1079,7 @@ class Behaviour(nn.Module):
     def loss(self, world_model, deter, stoch, noise):
         """Losses of actor and critic (N, L) by name; stats.
 
-        Eq. 6 to 8 (arXiv:1912.01603); deter (B, T, D), stoch (B, T, S); noise: prior (N, H, S), action (N, H, 1 or A).
+        Eq. 7 and 8 (arXiv:1912.01603); deter (B, T, D), stoch (B, T, S); noise: prior (N, H, S), action (N, H, 1 or A).
         """
         args = self.args
         imag_feat, imag_action, reward, cont = self.sequences(world_model, deter, stoch, noise)
@@ -1202,7 +1202,7 @@ class Agent(nn.Module):
             return deter, stoch, action
 
     def explore(self, action):
-        """Noise on continuous actions (E, A) or, instead of some discrete ones, random actions; paper: on the mode.
+        """Actions (E, A) with noise, in the paper on their mode; of discrete ones, some are replaced by random ones.
         Changed from planet.py: [C2]"""
         args = self.args
         if not self.discrete:
@@ -1659,12 +1659,12 @@ def train(args):
     replay = Replay(folder, stored, num_envs, max(size, own.get("capacity", 0)), args.batch_length)
     rng = np.random.default_rng([args.seed, rank])
     torch.manual_seed(args.seed + rank)
-    step, updates, due_from, sums = 0, 0, None, {}
+    step, updates, due, due_from, sums = 0, 0, 0, None, {}
     episode, episode_return, episode_length = (np.zeros(num_envs, dtype) for dtype in (np.int64, np.float64, np.int64))
     if state:
         load_agent(agent, state)
         replay.load_state_dict(own["replay"])
-        step, updates, due_from = state["step"], state["updates"], state["due_from"]
+        step, updates, due, due_from = (state[key] for key in ("step", "updates", "due", "due_from"))
         carry, sums = own["carry"], own["sums"]
         episode, episode_return, episode_length = (x.cpu().numpy() for x in own["episodes"])
         restore_envs(envs, replay, agent, rank * num_envs, args.seed, episode, episode_length)
@@ -1699,7 +1699,7 @@ def train(args):
             dist.gather_object(mine, everyone if rank == 0 else None)
         if rank == 0:
             whole = dict(script=SCRIPT, agent=agent.state_dict(), step=step, updates=updates, due_from=due_from)
-            save(f"{run}/checkpoint.pt", whole | dict(processes=everyone))
+            save(f"{run}/checkpoint.pt", whole | dict(due=due, processes=everyone))
 
     signals = []
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -1719,8 +1719,9 @@ def train(args):
             action = agent.env_action(carry[2])
             if parallel:
                 envs.step_async(action)  # the environments run while the model learns
-            due, due_from = updates_due(args, step, due_from, not agree(not len(replay), device))
-            for _ in range(due):
+            burst, due_from = updates_due(args, step, due_from, not agree(not len(replay), device))
+            due += burst
+            while due:
                 started = time.time()
                 data, index = batch or fetch()
                 latents, metrics = update(data)
@@ -1731,10 +1732,14 @@ def train(args):
                         raise Failure(f"{key} is {value}, update {updates}, frame {frame}: the last checkpoint is kept")
                     sums[key] = sums.get(key, 0.0) + value
                 replay.write(index, {key: value.cpu().numpy() for key, value in latents.items()})
-                updates += 1
+                updates, due = updates + 1, due - 1
                 if updates == 3 and device.type == "cpu" and rank == 0:
                     left = (args.total_timesteps - frame) / args.action_repeat * updates_per_step(args)
                     tell_cost(time.time() - started, left)
+                if due and agree(bool(signals), device):
+                    break
+            if due:  # a signal came in a burst of updates: --resume begins with the rest
+                break
             try:
                 obs, reward, *_ = envs.step_wait() if parallel else envs.step(action)
             except (EOFError, ConnectionError):

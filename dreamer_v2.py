@@ -1746,7 +1746,7 @@ def record(agent, args, replay, log, run, frame):
 
 def train(args):
     """Trains until `total_timesteps`, from the start or from a checkpoint; returns the run directory.
-    Changed from dreamer_v1.py: [C11]"""
+    Changed from dreamer_v1.py: [C10], [C11]"""
     device, rank, world = setup(args)
     name = f"{args.env_id.replace('/', '-')}__{args.exp_name}__{args.seed}__{int(time.time())}"
     names = [args.resume or f"{args.run_dir}/{name}"]

@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import checkpoint, only_run, run_script, tiny
+from test_resume import same_runs
 
 import dreamer_v1 as script
 
@@ -625,3 +627,27 @@ def test_schedule():
     assert not any(done[:52]) and done[52] == 7
     assert [2 * i for i, due in enumerate(done) if due] == [104, 604, 1104, 1604, 2104]
     assert set(done[53:]) == {0, 100} and script.updates_per_step(args) == 0.2
+
+
+def test_a_stop_in_a_burst_of_updates(tmp_path):
+    """A signal does not wait for the burst's end, and --resume goes on with its rest: to the bit."""
+    flags = ["--env-id", "CartPole-v1", "--total-timesteps", 100, *tiny(script), "--train-every", 20]
+    flags += ["--train-steps", 9]
+    for name in ("whole", "halves"):
+        (tmp_path / name).mkdir()
+    run_script(script, *flags, cwd=tmp_path / "whole")
+    patch = """
+import os, signal
+whole, calls = s.Agent.update, []
+def stopping(self, *args):
+    calls.append(1)
+    if len(calls) == 15:
+        os.kill(os.getpid(), signal.SIGTERM)
+    return whole(self, *args)
+s.Agent.update = stopping
+"""
+    run_script(script, *flags, cwd=tmp_path / "halves", patch=patch, code=128 + 15)
+    run = only_run(tmp_path / "halves")
+    assert checkpoint(run)["updates"] == 15 and checkpoint(run)["due"] == 5
+    run_script(script, "--resume", run, cwd=tmp_path / "halves")
+    same_runs(only_run(tmp_path / "whole"), run)
