@@ -21,7 +21,7 @@ sys.path[:0] = [str(ROOT), str(TESTS)]
 ALL = ("worldmodels_v1", "planet", "dreamer_v1", "dreamer_v2", "dreamer_v3", "genie")
 TINY = {
     "planet": "--deter 64 --hidden 16 --units 16 --depth 2 --stoch 4 --batch-size 4 --batch-length 8 --seed-episodes 1 "
-    "--train-steps 10 --planning-horizon 3 --candidates 8 --iterations 2 --elites 2 --overshooting-distance 3",
+    "--train-steps 11 --planning-horizon 3 --candidates 8 --iterations 2 --elites 2 --overshooting-distance 3",
     "dreamer_v1": "--deter 64 --hidden 16 --units 16 --depth 2 --stoch 4 --batch-size 4 --batch-length 8 "
     "--imagination-horizon 3 --prefill 20 --train-every 6 --train-steps 3 --pretrain 2 --model-rate 1e-3",
     "dreamer_v2": "--deter 64 --hidden 16 --classes 4 --units 16 --depth 2 --stoch 4 --batch-size 4 --batch-length 8 "
