@@ -12,17 +12,19 @@ sequences, and an actor and a critic from sequences that the model imagines. Hyp
 
 What changed since dreamer_v1.py:
  [C1] 32 categorical variables of 32 classes with straight-through gradients, not 30 Gaussian ones (now `--classes 1`).
- [C2] KL balancing: 0.8 of the loss moves the prior to the posterior, 0.2 the posterior to the prior.
+ [C2] KL balancing: 0.8 of the loss moves the prior to the posterior, 0.2 the posterior to the prior; fewer free nats.
  [C3] GRU with layer normalisation, its update gate biased by -1; is_first resets state and action inside the RSSM.
  [C4] Convolutions with ELU and 48 channels; reward, continue, critic and actor all have 4 layers; layer norm if wanted.
  [C5] Imagination starts from all states, by the updated model, and keeps the start, whose end is known from the data.
  [C6] Actor gradient by REINFORCE (discrete actions) or through the dynamics (continuous) or both; an entropy bonus.
  [C7] Returns from a slow critic, which is also the baseline: a copy of the critic made every 100 updates.
- [C8] One-hot or truncated normal actions; no noise on top of them; evaluation takes the mode.
+ [C8] One-hot or truncated normal actions; nothing disturbs them in training; evaluation takes the mode.
  [C9] Adam with larger epsilon, other learning rates and decoupled weight decay.
 [C10] An update every few steps, not 100 for each episode; batches of 16 (paper: 50) sequences; prefill by suite.
-[C11] Replay: last steps of an episode can be drawn, on Atari more often than others; at most 2M steps.
-[C12] Atari: tanh rewards, continue head on, KL scale 0.1.
+[C11] Replay: on Atari the last sequence of an episode is drawn more often; at most 2M steps.
+[C12] Made for games: tanh rewards and a continue head by default, a larger RSSM; the control suite is a preset.
+Gone with them: explore, action_noise, random_actions, random_actions_end, random_actions_updates [C8]; train_steps
+[C10].
 
 Ablations: `--classes 1` Gaussian latents, `--kl-balance 0.5` plain KL, `--imagination-horizon 5`,
 `--slow-critic-every 0` no slow critic, `--no-critic` no bootstrap, `--representation-from image|reward`,
@@ -135,9 +137,9 @@ class Args:
 
     # DreamerV2. Defaults: the authors' configs.yaml, unless said otherwise
     deter: int = 1024
-    """units of the recurrent state"""
+    """[C12] units of the recurrent state"""
     hidden: int = 1024
-    """units of the layers inside the RSSM"""
+    """[C12] units of the layers inside the RSSM"""
     classes: int = 32
     """[C1] classes of each stochastic variable; 1 for Gaussian variables"""
     depth: int = 48
@@ -153,7 +155,7 @@ class Args:
     representation_from: Literal["all", "image", "reward"] = "all"
     """what shapes the representation, besides the KL: all heads, the decoder alone, or the heads but not the decoder"""
     kl_scale: float = 1.0
-    """[C2] scale of the KL loss"""
+    """scale of the KL loss"""
     kl_balance: float = 0.8
     """[C2] share of the KL loss that moves the prior to the posterior; 0.5: no balancing"""
     free_nats: float = 0.0
@@ -163,13 +165,13 @@ class Args:
     continue_scale: float = 1.0
     """[C12] scale of the continue loss"""
     behaviour_from: Literal["imagination", "replay"] = "imagination"
-    """what actor and critic learn from; replayed sequences allow REINFORCE only"""
+    """[C6] what actor and critic learn from; replayed sequences allow REINFORCE only"""
     actor_gradient: Literal["auto", "reinforce", "dynamics", "both"] = "auto"
     """[C6] auto: reinforce for discrete actions, dynamics for continuous ones"""
     actor_gradient_mix: float = 0.1
     """[C6] share of dynamics in both"""
     critic: bool = True
-    """returns go on after the horizon by the critic's value; without, they end there, and have no baseline"""
+    """returns go on after the horizon by the critic's value; without, they end there"""
     slow_critic_every: int = 100
     """[C7] updates between copies of the critic to the slow critic; 0: the critic itself takes its place"""
     entropy_scale: float = 2e-3
@@ -183,7 +185,7 @@ class Args:
     model_rate: float = 1e-4
     """[C9] learning rate of the world model"""
     actor_rate: float = 8e-5
-    """[C9] learning rate of the actor"""
+    """learning rate of the actor"""
     critic_rate: float = 2e-4
     """[C9] learning rate of the critic"""
     epsilon: float = 1e-5
@@ -208,7 +210,7 @@ class Args:
     """[C11] steps that the replay holds"""
 
 
-PRESETS = {  # by the first word of --env-id, then by that word and --obs; of the authors' configs.yaml
+PRESETS = {  # [C12] by the first word of --env-id, then by that word and --obs; of the authors' configs.yaml
     "dmc": dict(obs="pixels", action_repeat=2, total_timesteps=2_000_000, eval_every=20_000, prefill=1000, pretrain=100)
     | dict(deter=200, hidden=200, tanh_rewards=False, free_nats=1.0, predict_continue=False, prioritise_ends=False)
     | dict(model_rate=3e-4, actor_rate=8e-5, critic_rate=8e-5, entropy_scale=1e-4),
@@ -221,7 +223,7 @@ PRESETS = {  # by the first word of --env-id, then by that word and --obs; of th
 
 SCRIPT = Args().exp_name
 FIXED = ("seed", "env_id", "obs", "image_size", "action_repeat", "num_envs", "replay_size", "batch_length", "stoch")
-FIXED += ("deter", "hidden", "classes", "depth", "units", "layer_norm", "predict_continue")
+FIXED += ("deter", "hidden", "classes", "depth", "units", "layer_norm", "predict_continue")  # [C1], [C4]
 
 
 class Failure(Exception):
@@ -530,7 +532,7 @@ def ignoring_interrupts(thunk):
 # === Replay ===========================================================================================================
 
 
-LATENTS = ()  # [C11] what the agent stores with each step
+LATENTS = ()  # what the agent stores with each step
 
 
 class Replay:
@@ -539,7 +541,9 @@ class Replay:
     Step t holds observation t, the action that led to it, its reward, its flags and what the agent adds to it. All
     streams grow together. Failure when the disk is too small or full; nothing that was written before is lost then.
     Only complete episodes are drawn from.
+    Changed from dreamer_v1.py: [C11]
     """
+
     def __init__(self, folder, spaces, num_envs, capacity, length, ends=False):
         self.folder, self.num_envs, self.length = folder, num_envs, length
         self.capacity = capacity
@@ -609,7 +613,8 @@ class Replay:
         return int((self.complete()[:, 1] - self.length + 1).sum())
 
     def draw(self, count, rng):
-        """Starts of sequences, uniformly over episodes, then in them: (count, 2), step and stream."""
+        """Starts of sequences, uniformly over episodes, then in them: (count, 2), step and stream.
+        Changed from dreamer_v1.py: [C11]"""
         episodes = self.complete()
         first, length, env = episodes[rng.integers(len(episodes), size=count)].T
         steps = np.minimum(rng.integers(length + (1 if self.ends else 1 - self.length)), length - self.length)
@@ -659,13 +664,13 @@ def sample_onehot(probs, noise):
 
 
 def gaussian(raw):
-    """(..., 2 S) -> mean and standard deviation (..., S, 2)."""
+    """(..., 2 S) -> mean and standard deviation (..., S, 2). Changed from dreamer_v1.py: [C1]"""
     mean, std = raw.chunk(2, -1)
     return torch.stack([mean, 2 * torch.sigmoid(std / 2) + 0.1], -1)
 
 
 def kl_divergence(p, q):
-    """KL of categorical logits (..., S, K), summed over the variables: (...)."""
+    """[C1] KL of categorical logits (..., S, K), summed over the variables: (...)."""
     p, q = p.log_softmax(-1), q.log_softmax(-1)
     return (p.exp() * (p - q)).sum((-2, -1))
 
@@ -681,6 +686,7 @@ def balance_kl(kl, post, prior, balance, free_nats):
     """The KL loss with its gradient divided between prior and posterior (Algorithm 2); balance 0.5 is the plain KL.
 
     Free nats apply to the batch average; to each step, in the authors' code, for the plain KL.
+    [C2]
     """
     if balance == 0.5:
         return kl(post, prior).clamp(min=free_nats).mean()
@@ -705,6 +711,7 @@ def lambda_return(reward, cont, next_value, lmbda):
     """λ-returns: (N, T) each -> (N, T); Eq. 4 (arXiv:2010.02193).
 
     R_t = r_t + c_t · ((1 - λ) v_t+1 + λ R_t+1), R_T = v_T.
+    Changed from dreamer_v1.py: [C5]
     """
     interim = reward + cont * (1 - lmbda) * next_value
     returns = [next_value[:, -1]]
@@ -751,11 +758,14 @@ class Deconv(nn.ConvTranspose2d):
         nn.init.zeros_(self.bias)
 
     def forward(self, x):
+        if x.shape[1] == 1:  # of a 1×1 image it is a matrix product, which takes a CPU a sixth of the time
+            weight, size = self.weight.permute(0, 2, 3, 1).flatten(1), self.kernel_size
+            return torch.addmm(self.bias.repeat(size[0] ** 2), x.flatten(1), weight).unflatten(1, (*size, -1))
         return super().forward(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
 
 
 class LayerNorm(nn.LayerNorm):
-    """(x - mean(x)) / sqrt(var(x) + 1e-3) · weight + bias over the last axis, in float32."""
+    """[C3] (x - mean(x)) / sqrt(var(x) + 1e-3) · weight + bias over the last axis, in float32."""
 
     def __init__(self, size):
         super().__init__(size, 1e-3)
@@ -765,14 +775,14 @@ class LayerNorm(nn.LayerNorm):
 
 
 class Layer(nn.Sequential):
-    """Linear, LayerNorm if wanted, ELU."""
+    """Linear, LayerNorm if wanted, ELU. Changed from dreamer_v1.py: [C4]"""
 
     def __init__(self, inp, units, norm):
         super().__init__(Linear(inp, units), LayerNorm(units) if norm else nn.Identity(), nn.ELU())
 
 
 class MLP(nn.Sequential):
-    """`layers` layers and a linear output, in float32: (..., inp) -> (..., out)."""
+    """`layers` layers and a linear output, in float32: (..., inp) -> (..., out). Changed from dreamer_v1.py: [C4]"""
 
     def __init__(self, inp, out, layers, units, norm):
         super().__init__(*[Layer(units if i else inp, units, norm) for i in range(layers)], Linear(units, out))
@@ -782,7 +792,8 @@ class MLP(nn.Sequential):
 
 
 class Encoder(nn.Module):
-    """Observations (B, T, ...) -> embed (B, T, E): vectors through an MLP, images through convolutions."""
+    """Observations (B, T, ...) -> embed (B, T, E): vectors through an MLP, images through convolutions.
+    Changed from dreamer_v1.py: [C4]"""
 
     def __init__(self, spaces, args):
         super().__init__()
@@ -814,7 +825,9 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Features (B, T, F) -> key -> means: vectors, images in [-0.5, 0.5], logits of classes."""
+    """Features (B, T, F) -> key -> means: vectors, images in [-0.5, 0.5], logits of classes.
+    Changed from dreamer_v1.py: [C1], [C4]"""
+
     def __init__(self, spaces, args):
         super().__init__()
         self.spaces = spaces
@@ -875,7 +888,9 @@ def vector_input(value, space):
 
 
 class RSSM(nn.Module):
-    """Recurrent state-space model, Eq. 1 (arXiv:2010.02193): a state is deter (B, D) and stoch (B, S, K)."""
+    """Recurrent state-space model, Eq. 1 (arXiv:2010.02193): a state is deter (B, D) and stoch (B, S, K).
+    Changed from dreamer_v1.py: [C1], [C3]"""
+
     def __init__(self, args, embed_dim, action_dim):
         super().__init__()
         self.args = args
@@ -889,12 +904,13 @@ class RSSM(nn.Module):
         self.prior_net = MLP(args.deter, out_dim, 1, args.hidden, args.layer_norm)
 
     def initial(self, batch_size):
-        """State of zeros: deter (B, D), stoch (B, S, K)."""
+        """State of zeros: deter (B, D), stoch (B, S, K). Changed from dreamer_v1.py: [C1]"""
         zeros, args = self.post_out.weight.new_zeros, self.args
         return zeros(batch_size, args.deter), zeros(batch_size, args.stoch, args.classes)
 
     def kernels(self):
-        """What a scan uses at every step, made once: parts of the input layer and of the posterior's."""
+        """What a scan uses at every step, made once: parts of the input layer and of the posterior's.
+        Changed from dreamer_v1.py: [C1]"""
         args = self.args
         stoch_dim = args.stoch * args.classes
         stoch, action = self.inputs[0].weight.T.split([stoch_dim, self.inputs[0].in_features - stoch_dim])
@@ -908,7 +924,8 @@ class RSSM(nn.Module):
         return action @ kernels["action"] + self.inputs[0].bias
 
     def core(self, deter, stoch, action_input, kernels):
-        """GRU with layer normalisation: deter (B, D), stoch (B, S, K), the action's share -> next deter (B, D)."""
+        """GRU with layer normalisation: deter (B, D), stoch (B, S, K), the action's share -> next deter (B, D).
+        Changed from dreamer_v1.py: [C1], [C3]"""
         _, norm, activation = self.inputs
         x = activation(norm(stoch.flatten(1) @ kernels["stoch"] + action_input))
         gates = self.gates_norm(self.gates(torch.cat([x, deter], -1)))
@@ -917,39 +934,40 @@ class RSSM(nn.Module):
         return torch.lerp(deter, cand.float(), torch.sigmoid(update - 1).float())
 
     def logit(self, x):
-        """(..., S*K) -> logits (..., S, K); of Gaussian variables (..., 2 S) -> mean and deviation (..., S, 2)."""
+        """[C1] (..., S*K) -> logits (..., S, K); of Gaussian variables (..., 2 S) -> mean and deviation (..., S, 2)."""
         x = x.float()
         return gaussian(x) if self.args.classes == 1 else x.unflatten(-1, (self.args.stoch, self.args.classes))
 
     def sample(self, logit, noise):
-        """Logits (..., S, K) and noise (..., S, 1), uniform or, for Gaussian variables, normal -> stoch (..., S, K)."""
+        """Logits (..., S, K) and noise (..., S, 1), uniform or, for Gaussian variables, normal -> stoch (..., S, K).
+        Changed from dreamer_v1.py: [C1]"""
         if self.args.classes == 1:
             return logit[..., :1] + logit[..., 1:] * noise
         return sample_onehot(logit.softmax(-1), noise)
 
     def kl(self, p, q):
-        """KL of two distributions as `logit` gives them: (...)."""
+        """[C1] KL of two distributions as `logit` gives them: (...)."""
         return (kl_gaussian if self.args.classes == 1 else kl_divergence)(p, q)
 
     def entropy(self, logit):
-        """Entropy of a distribution, summed over the variables: (...)."""
+        """Entropy of a distribution, summed over the variables: (...). Changed from dreamer_v1.py: [C1]"""
         if self.args.classes == 1:
             return (logit[..., 1].log() + (1 + math.log(2 * math.pi)) / 2).sum(-1)
         return -(logit.softmax(-1) * logit.log_softmax(-1)).sum((-2, -1))
 
     def prior(self, deter):
-        """Logits of stoch before the observation: (..., D) -> (..., S, K)."""
+        """Logits of stoch before the observation: (..., D) -> (..., S, K). Changed from dreamer_v1.py: [C1]"""
         return self.logit(self.prior_net(deter))
 
     def obs_step(self, state, action_input, embed_input, mask, noise, kernels):
-        """One step with an observation -> state, posterior's logits (B, S, K)."""
+        """One step with an observation -> state, posterior's logits (B, S, K). Changed from dreamer_v1.py: [C1]"""
         deter = self.core(state[0] * mask, state[1] * mask.unsqueeze(-1), action_input, kernels)
         _, norm, activation = self.post_in
         logit = self.logit(self.post_out(activation(norm(deter @ kernels["post"] + embed_input))))
         return (deter, self.sample(logit, noise)), logit
 
     def img_step(self, state, action, noise, kernels):
-        """One step without: state, action (B, A), noise (B, S, 1) -> state."""
+        """One step without: state, action (B, A), noise (B, S, 1) -> state. Changed from dreamer_v1.py: [C1]"""
         deter = self.core(*state, self.action_input(action, kernels), kernels)
         return deter, self.sample(self.prior(deter), noise)
 
@@ -958,6 +976,7 @@ class RSSM(nn.Module):
 
         embed (B, T, E), action (B, T, A) that led to each step, is_first (B, T), start state, noise (B, T, S, 1)
         -> deter (B, T, D), stoch (B, T, S, K), logit (B, T, S, K).
+        Changed from dreamer_v1.py: [C1], [C3]
         """
         kernels = self.kernels()
         mask = 1 - is_first.float().unsqueeze(-1)
@@ -973,6 +992,7 @@ class RSSM(nn.Module):
         """States that follow the start under a policy, feat (N, F), step -> action (N, A); noise (N, H, S, 1).
 
         -> feat (N, R, F) and action (N, R, A), both with that of the start.
+        Changed from dreamer_v1.py: [C1], [C5]
         """
         kernels = self.kernels()
         state, feats, actions = start, [feature(*start)], []
@@ -985,12 +1005,12 @@ class RSSM(nn.Module):
 
 
 def feature(deter, stoch):
-    """(..., D), (..., S, K) -> (..., F)."""
+    """(..., D), (..., S, K) -> (..., F). Changed from dreamer_v1.py: [C1]"""
     return torch.cat([deter, stoch.flatten(-2)], -1)
 
 
 class WorldModel(nn.Module):
-    """Encoder, RSSM, decoder, reward head and continue head."""
+    """Encoder, RSSM, decoder, reward head and continue head. Changed from dreamer_v1.py: [C1], [C4]"""
 
     def __init__(self, args, spaces, action_dim):
         super().__init__()
@@ -1006,6 +1026,7 @@ class WorldModel(nn.Module):
         """Eq. 2 (arXiv:2010.02193) -> losses (B, T) by name, that of the KL an average; deter, stoch, feat; stats.
 
         data: observations (B, T, ...), action, reward, is_first, is_last, is_terminal; noise (B, T, S, 1).
+        Changed from dreamer_v1.py: [C1], [C2]
         """
         args = self.args
         embed = self.encoder(data)  # (B, T, E)
@@ -1065,7 +1086,9 @@ class WorldModel(nn.Module):
 
 
 class Actor(nn.Module):
-    """Policy over one-hot actions (categorical) or actions in [-1, 1]^A (truncated normal)."""
+    """Policy over one-hot actions (categorical) or actions in [-1, 1]^A (truncated normal).
+    Changed from dreamer_v1.py: [C4], [C6], [C8]"""
+
     def __init__(self, args, feat_dim, action_dim, discrete):
         super().__init__()
         self.discrete, norm = discrete, args.layer_norm
@@ -1073,7 +1096,7 @@ class Actor(nn.Module):
         self.outputs = nn.ModuleList(Linear(args.units, action_dim) for _ in range(1 if discrete else 2))
 
     def forward(self, feat):
-        """(..., F) -> log-probabilities (..., A), or location and scale (..., A)."""
+        """(..., F) -> log-probabilities (..., A), or location and scale (..., A). Changed from dreamer_v1.py: [C8]"""
         x = self.layers(feat)
         outputs = [output(x).float() for output in self.outputs]
         if self.discrete:
@@ -1085,6 +1108,7 @@ class Actor(nn.Module):
 
         The truncated normal's gradient is that of loc + scale · z for a constant z, as in the authors' code; the exact
         one, of the inverse distribution function, is several times smaller.
+        Changed from dreamer_v1.py: [C8]
         """
         if self.discrete:
             return sample_onehot(policy[0].exp(), noise)
@@ -1100,7 +1124,7 @@ class Actor(nn.Module):
         return F.one_hot(policy[0].argmax(-1), policy[0].shape[-1]).float() if self.discrete else policy[0]
 
     def bounds(self, policy):
-        """Of the truncated normal: bounds in standard deviations, log of the probability between them (..., A)."""
+        """[C8] Of the truncated normal: bounds in standard deviations, log of the probability between them (..., A)."""
         low, high = ((bound - policy[0]) / policy[1] for bound in (-1, 1))
         return low, high, (torch.special.ndtr(high) - torch.special.ndtr(low)).log()
 
@@ -1121,7 +1145,8 @@ class Actor(nn.Module):
 
 
 class Behaviour(nn.Module):
-    """Actor, critic and the critic's slow copy."""
+    """Actor, critic and the critic's slow copy. Changed from dreamer_v1.py: [C4], [C6], [C7]"""
+
     def __init__(self, args, action_dim, discrete):
         super().__init__()
         self.args = args
@@ -1137,7 +1162,8 @@ class Behaviour(nn.Module):
             self.actor_gradient = "reinforce"
 
     def sequences(self, world_model, data, deter, stoch, feat, noise):
-        """What actor and critic learn from: feat (N, R, F), action (N, R, A) taken there, reward, continue (N, R)."""
+        """What actor and critic learn from: feat (N, R, F), action (N, R, A) taken there, reward, continue (N, R).
+        Changed from dreamer_v1.py: [C5], [C6]"""
         end = (1 - data["is_terminal"].float()) * self.args.discount  # (B, T)
         if self.args.behaviour_from == "replay":
             return feat.detach(), data["action"].roll(-1, 1), data["reward"], end
@@ -1154,6 +1180,7 @@ class Behaviour(nn.Module):
 
         Eq. 4 to 6 (arXiv:2010.02193); data as for the world model; deter (B, T, D), stoch (B, T, S, K), feat
         (B, T, F); noise: prior (N, H, S, 1), action (N, R, 1 or A).
+        Changed from dreamer_v1.py: [C5], [C6], [C7]
         """
         args, actor = self.args, self.actor
         slow_critic = self.slow_critic if args.slow_critic_every else self.critic
@@ -1194,7 +1221,7 @@ class Behaviour(nn.Module):
 
     @torch.no_grad()
     def update_slow_critic(self):
-        """Copies the critic at the first update and every `slow_critic_every` after it."""
+        """[C7] Copies the critic at the first update and every `slow_critic_every` after it."""
         now = self.updates % max(1, self.args.slow_critic_every) == 0
         for slow, new in zip(self.slow_critic.parameters(), self.critic.parameters(), strict=True):
             slow.copy_(torch.where(now, new, slow))
@@ -1205,7 +1232,8 @@ class Behaviour(nn.Module):
 
 
 class Adam:
-    """Clipping by the global norm, weight decay that the learning rate does not scale, then Adam as Keras has it."""
+    """Clipping by the global norm, weight decay that the learning rate does not scale, then Adam as Keras has it.
+    Changed from dreamer_v1.py: [C9]"""
 
     def __init__(self, params, learning_rate, args):
         self.params, self.learning_rate, self.args = list(params), learning_rate, args
@@ -1215,7 +1243,7 @@ class Adam:
 
     @torch.no_grad()
     def step(self, grads):
-        """One update from gradients in the order of the parameters -> their norm."""
+        """One update from gradients in the order of the parameters -> their norm. Changed from dreamer_v1.py: [C9]"""
         norm = torch.stack(torch._foreach_norm(grads)).norm()
         grads = torch._foreach_mul(grads, self.args.clip / norm.clamp(min=self.args.clip))
         self.updates += 1
@@ -1239,7 +1267,9 @@ class Adam:
 
 
 class Agent(nn.Module):
-    """World model, behaviour and optimizers: what is trained, what acts, what is saved."""
+    """World model, behaviour and optimizers: what is trained, what acts, what is saved.
+    Changed from dreamer_v1.py: [C8]"""
+
     def __init__(self, args, spaces, action_space, device="cpu"):
         super().__init__()
         self.args, self.device = args, torch.device(device)
@@ -1281,6 +1311,7 @@ class Agent(nn.Module):
         """Observations with is_first of E environments, what it returned last -> deter, stoch, action (E, A).
 
         In evaluation, the action is the mode.
+        Changed from dreamer_v1.py: [C3], [C8]
         """
         deter, stoch, action = carry
         actor = self.behaviour.actor
@@ -1304,17 +1335,19 @@ class Agent(nn.Module):
         return (action.argmax(-1) if self.discrete else action).cpu().numpy()
 
     def latent_noise(self, *shape, generator=None):
-        """What one state's sample takes: uniform, or normal for Gaussian variables, (..., S, 1)."""
+        """What one state's sample takes: uniform, or normal for Gaussian variables, (..., S, 1).
+        Changed from dreamer_v1.py: [C1]"""
         draw = torch.randn if self.args.classes == 1 else torch.rand
         device = self.device if generator is None else "cpu"
         return draw(*shape, self.args.stoch, 1, generator=generator, device=device).to(self.device)
 
     def action_noise(self, *shape):
-        """What one action's sample takes: uniform (..., 1 or A)."""
+        """What one action's sample takes: uniform (..., 1 or A). Changed from dreamer_v1.py: [C8]"""
         return torch.rand(*shape, 1 if self.discrete else self.action_dim, device=self.device)
 
     def noise(self, B, T):
-        """All random numbers of one update: post (B, T, S, 1), prior (N, H, S, 1), action (N, R, 1 or A)."""
+        """All random numbers of one update: post (B, T, S, 1), prior (N, H, S, 1), action (N, R, 1 or A).
+        Changed from dreamer_v1.py: [C1], [C5]"""
         H = self.args.imagination_horizon
         noise = {"post": self.latent_noise(B, T), "prior": self.latent_noise(B * T, H)}
         return noise | {"action": self.action_noise(B * T, H + 1)}
@@ -1328,6 +1361,7 @@ class Agent(nn.Module):
 
         data: observations (B, T, ...), action (B, T, A), reward, is_first, is_last, is_terminal (B, T). With several
         processes each has its share of the batch.
+        Changed from dreamer_v1.py: [C5], [C7]
         """
         args = self.args
         noise = noise or self.noise(*data["reward"].shape)
@@ -1711,7 +1745,8 @@ def record(agent, args, replay, log, run, frame):
 
 
 def train(args):
-    """Trains until `total_timesteps`, from the start or from a checkpoint; returns the run directory."""
+    """Trains until `total_timesteps`, from the start or from a checkpoint; returns the run directory.
+    Changed from dreamer_v1.py: [C10], [C11]"""
     device, rank, world = setup(args)
     name = f"{args.env_id.replace('/', '-')}__{args.exp_name}__{args.seed}__{int(time.time())}"
     names = [args.resume or f"{args.run_dir}/{name}"]
@@ -1874,12 +1909,13 @@ def train(args):
 
 
 def updates_per_step(args):
-    """Updates for each step of an environment."""
+    """Updates for each step of an environment. Changed from dreamer_v1.py: [C10]"""
     return 1 / args.train_every
 
 
 def updates_due(args, step, due_from, ready):
-    """Updates to do now, and the step up to which all are done then; None before the replay holds a first batch."""
+    """Updates to do now, and the step up to which all are done then; None before the replay holds a first batch.
+    Changed from dreamer_v1.py: [C10]"""
     if due_from is None and step > args.prefill + 100_000:
         raise Interrupted(f"no complete episode of more than {args.batch_length} steps: lower --batch-length")
     if not ready or step < args.prefill:

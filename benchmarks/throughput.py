@@ -3,6 +3,7 @@
     python benchmarks/throughput.py dreamer_v3.py                        # all cases, eager
     python benchmarks/throughput.py dreamer_v3.py --compile --case state # the cases whose name contains "state"
     python benchmarks/throughput.py dreamer_v3.py --out benchmarks/results
+    python benchmarks/throughput.py planet.py --act-repeats 3 --no-loop
 
 An update is everything between a batch on the device and changed parameters. Times are medians over `--repeats` warm
 calls; CPU times are those of the process, so other programs on the machine hardly change them. The update's operations
@@ -35,11 +36,16 @@ CASES = {
         "12m state": "--env-id dmc-walker-walk --obs state --size 12m",
         "12m pixels": "--env-id dmc-walker-walk --obs pixels --size 12m",
     },
+    "planet": {"dmc pixels 50x50": "--env-id dmc-walker-walk"},
+    "dreamer_v1": {
+        "dmc pixels 50x50": "--env-id dmc-walker-walk --prefill 2560 --pretrain 1 --train-every 5 --train-steps 1",
+    },
     "dreamer_v2": {
         "dmc pixels 50x50": "--env-id dmc-walker-walk --batch-size 50 --prefill 2560 --pretrain 1",
         "dmc pixels 16x50": "--env-id dmc-walker-walk --batch-size 16 --prefill 960 --pretrain 1",
     },
 }
+ENVS = {"planet": (1, 4, 10)}  # environments for which acting is timed, where they are not 1, 4, 16
 
 
 class CountOperations(TorchDispatchMode):
@@ -128,17 +134,25 @@ def measure(script, flags, options):
     update = script.Graph(agent.update, device)
     row["update"] = clock(lambda: update(data), options.repeats, device, warm=5 if device.type == "cuda" else 2)
     amp = device.type == "cuda" and args.amp
+    kind = "wall_ms" if device.type == "cuda" else "cpu_ms"
     if "update_gflop" in row:
         rate = product_rate(device, torch.bfloat16 if amp else torch.float32)
-        seconds = row["update"]["wall_ms" if device.type == "cuda" else "cpu_ms"] / 1e3
+        seconds = row["update"][kind] / 1e3
         row |= {"product_gflops": rate / 1e9, "share_of_product_rate": row["update_gflop"] * 1e9 / rate / seconds}
     row["act"] = {}
-    for envs in (1, 4, 16):
+    for envs in ENVS.get(script.__name__, (1, 4, 16)):
         obs = {key: np.stack([space.sample() for _ in range(envs)]) for key, space in spaces.items()}
         obs = script.to_tensors(obs, device)
         obs |= {key: torch.zeros(envs, dtype=torch.bool, device=device) for key in script.FLAGS}
         act, carry = script.Graph(agent.act, device), agent.initial(envs)
-        row["act"][envs] = clock(lambda act=act, obs=obs, carry=carry: act(obs, carry), 20, device, warm=5)
+        call = lambda act=act, obs=obs, carry=carry: act(obs, carry)  # noqa: E731
+        timing = row["act"][envs] = clock(call, options.act_repeats, device, warm=5 if options.act_repeats > 5 else 1)
+        if "update_gflop" in row:
+            with CountOperations() as counter:
+                agent.act(obs, carry)
+            rate = product_rate(device, torch.bfloat16 if amp else torch.float32)
+            share = counter.total / rate / (timing[kind] / 1e3)
+            timing |= {"gflop": counter.total / 1e9, "share_of_product_rate": share}
     row["peak_rss_gb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
     if device.type == "cuda":
         row["peak_gpu_gb"] = torch.cuda.max_memory_allocated() / 1e9
@@ -199,6 +213,7 @@ def main():
     parser.add_argument("--case", default="", help="only cases whose name contains this")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (default: 1)")
     parser.add_argument("--repeats", type=int, default=10, help="warm updates that are timed (default: 10)")
+    parser.add_argument("--act-repeats", type=int, default=20, help="warm actions that are timed (default: 20)")
     parser.add_argument("--compile", action="store_true", help="with torch.compile")
     parser.add_argument("--no-loop", action="store_true", help="leave out environment and whole loop")
     parser.add_argument(
@@ -210,9 +225,9 @@ def main():
     script = load(options.script)
     result = {"script": script.__name__, "machine": machine(options), "cases": {}}
     print(" ".join(f"{key}={value}" for key, value in result["machine"].items()))
-    print(
-        "case                  update ms   cpu ms  first s   GFLOP  share  act ms: 1, 4, 16 envs   env f/s loop f/s  GB"
-    )
+    counts = ", ".join(map(str, ENVS.get(script.__name__, (1, 4, 16))))
+    head = f"{'act ms: ' + counts + ' envs':25}"
+    print(f"case                  update ms   cpu ms  first s   GFLOP  share  {head} env f/s loop f/s  GB")
     for name, flags in CASES[script.__name__].items():
         if options.case not in name:
             continue
@@ -225,6 +240,10 @@ def main():
         print(" ".join(f"{timing['wall_ms']:7.2f}" for timing in row["act"].values()), end=" ")
         print(f"{row.get('env_frames_per_s', none):10.0f} {row.get('loop_frames_per_s', none):9.1f}", end=" ")
         print(f"{row['peak_rss_gb']:4.1f}", flush=True)
+        for envs, timing in row["act"].items():
+            if timing.get("share_of_product_rate", 0) > 0.1:  # it plans
+                text = f"{timing['cpu_ms']:.0f} ms CPU, {timing['gflop']:.1f} GFLOP"
+                print(f"    a decision of {envs}: {text}, share {timing['share_of_product_rate']:.2f}", flush=True)
     if options.out:
         device = (result["machine"]["gpu"] or "cpu").lower().replace(" ", "-")
         kind = "compiled" if options.compile else "eager"

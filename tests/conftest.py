@@ -23,6 +23,10 @@ torch.set_num_threads(1)  # each of the processes that share the tests has a cor
 
 ALL = ("worldmodels_v1", "planet", "dreamer_v1", "dreamer_v2", "dreamer_v3", "genie")
 TINY = {
+    "planet": "--deter 64 --hidden 16 --units 16 --depth 2 --stoch 4 --batch-size 4 --batch-length 8 --seed-episodes 1 "
+    "--train-steps 11 --planning-horizon 3 --candidates 8 --iterations 2 --elites 2 --overshooting-distance 3",
+    "dreamer_v1": "--deter 64 --hidden 16 --units 16 --depth 2 --stoch 4 --batch-size 4 --batch-length 8 "
+    "--imagination-horizon 3 --prefill 20 --train-every 6 --train-steps 3 --pretrain 2 --model-rate 1e-3",
     "dreamer_v2": "--deter 64 --hidden 16 --classes 4 --units 16 --depth 2 --stoch 4 --batch-size 4 --batch-length 8 "
     "--imagination-horizon 3 --prefill 20 --train-every 2 --pretrain 2 --model-rate 1e-3",
     "dreamer_v3": "--size 1m --deter 64 --hidden 16 --classes 4 --units 16 --depth 2 --stoch 4 --blocks 4 --bins 15 "

@@ -249,7 +249,7 @@ def test_without_opengl(script, tmp_path):
         "--num-envs",
         1,
         "--total-timesteps",
-        40,
+        100,
         *tiny(script),
     ]
     run_script(script, *flags, cwd=tmp_path, patch=patch, **env)

@@ -6,6 +6,10 @@ import pytest
 from conftest import SCRIPTS, only_run, run_script
 
 LEARN = {
+    "dreamer_v1": "--deter 64 --hidden 64 --stoch 16 --units 64 --depth 4 --num-envs 4 --imagination-horizon 6 "
+    "--batch-size 16 --batch-length 5 --train-every 2 --train-steps 1 --prefill 300 --pretrain 50 --model-rate 1e-3 "
+    "--actor-rate 4e-4 --critic-rate 1e-3 --predict-continue --free-nats 0 --random-actions-updates 1000 "
+    "--total-timesteps 4000",
     "dreamer_v2": "--image-size 64 --deter 64 --hidden 64 --classes 8 --stoch 8 --units 64 --depth 4 --num-envs 4 "
     "--imagination-horizon 6 --batch-size 16 --batch-length 5 --train-every 2 --prefill 300 --pretrain 50 "
     "--model-rate 1e-3 --actor-rate 4e-4 --critic-rate 1e-3 --entropy-scale 0.01 --total-timesteps 4000",

@@ -44,7 +44,8 @@ class Script:
     def add(self, name, last, doc=""):
         """Lines up to `last` become a unit; comments belong to what follows them."""
         name = name if name not in self.units else f"{name} again"  # FIXED = ...; FIXED += ...
-        self.units[name] = [line for line in self.lines[self.end : last] if line.strip() and line not in self.banners]
+        heading = lambda line: line in self.banners or re.match(r"    # \w+\. Defaults: ", line)  # noqa: E731
+        self.units[name] = [line for line in self.lines[self.end : last] if line.strip() and not heading(line)]
         self.docs[name], self.end = doc or "", last
 
     def take_apart(self, node):
@@ -54,7 +55,7 @@ class Script:
             first = node.body[0]
             self.add("Args", first.lineno - 1 - self.comments_before(first.lineno))
             for field, doc in zip(node.body[::2], node.body[1::2], strict=True):
-                self.add(f"--{field.target.id}", doc.end_lineno, ast.get_source_segment(self.text, doc))
+                self.add(f"--{field.target.id}", doc.end_lineno, "\n".join(self.lines[self.end : doc.end_lineno]))
         elif isinstance(node, ast.ClassDef):
             methods = [part for part in node.body if isinstance(part, ast.FunctionDef)]
             starts = [min([m.lineno, *(d.lineno for d in m.decorator_list)]) for m in methods]
@@ -79,7 +80,7 @@ class Script:
 
     def code(self, name):
         """A unit without its marks."""
-        text = re.sub(r" *Changed from \w+\.py: [^\n]*?(?=\"\"\"|$)", "", "\n".join(self.units[name]), flags=re.M)
+        text = re.sub(r"\s*Changed from \w+\.py: [^\n]*?(?=\"\"\"|$)", "", "\n".join(self.units[name]), flags=re.M)
         text = re.sub(rf" *(# )?({MARK},? ?)+", "", text)
         return [line.rstrip() for line in text.split("\n") if line.strip()]
 
@@ -171,6 +172,8 @@ def test_environment_dream_and_general_arguments_are_the_same(pair):
     def part(script, start, stop):
         return script.text[script.text.index(start) : script.text.index(stop, script.text.index(start))]
 
-    assert part(old, "    # General", "    # Dreamer") == part(new, "    # General", "    # Dreamer")
+    assert part(old, "    # General", ". Defaults").rpartition("\n")[0] == (
+        part(new, "    # General", ". Defaults").rpartition("\n")[0]
+    )
     for banner in ("Environment", "Dream"):
         assert part(old, f"# === {banner} =", "\n\n\n# === ") == part(new, f"# === {banner} =", "\n\n\n# === ")

@@ -9,8 +9,8 @@ from conftest import checkpoint, lines, metrics, only_run, run_script, start_scr
 
 TASKS = {
     "CartPole-v1": "--total-timesteps {}".format,
-    "dmc-cartpole-balance": lambda n: f"--obs state --time-limit 40 --total-timesteps {2 * n}",
-    "atari-pong": lambda n: f"--image-size 64 --time-limit 80 --total-timesteps {4 * n}",
+    "dmc-cartpole-balance": lambda n: f"--obs state --action-repeat 2 --time-limit 40 --total-timesteps {2 * n}",
+    "atari-pong": lambda n: f"--image-size 64 --action-repeat 4 --time-limit 80 --total-timesteps {4 * n}",
 }
 N = 120
 
@@ -33,7 +33,7 @@ def same(a, b, path="checkpoint"):
 
 def same_runs(one, two):
     same(checkpoint(one), checkpoint(two))
-    assert metrics(one) == metrics(two) and len(metrics(one)) > 50
+    assert metrics(one) == metrics(two) and len(metrics(one)) > 30
     files = sorted(path.name for path in (one / "replay").iterdir())
     assert files and files == sorted(path.name for path in (two / "replay").iterdir())
     for name in files:

