@@ -172,8 +172,9 @@ def test_environment_dream_and_general_arguments_are_the_same(pair):
     def part(script, start, stop):
         return script.text[script.text.index(start) : script.text.index(stop, script.text.index(start))]
 
-    assert part(old, "    # General", ". Defaults").rpartition("\n")[0] == (
-        part(new, "    # General", ". Defaults").rpartition("\n")[0]
+    assert (
+        part(old, "    # General", ". Defaults").rpartition("\n")[0]
+        == (part(new, "    # General", ". Defaults").rpartition("\n")[0])
     )
     for banner in ("Environment", "Dream"):
         assert part(old, f"# === {banner} =", "\n\n\n# === ") == part(new, f"# === {banner} =", "\n\n\n# === ")
