@@ -1758,12 +1758,12 @@ def train(args):
     replay = Replay(folder, stored, num_envs, max(size, own.get("capacity", 0)), args.batch_length)
     rng = np.random.default_rng([args.seed, rank])
     torch.manual_seed(args.seed + rank)
-    step, updates, due_from, sums = 0, 0, None, {}
+    step, updates, due, due_from, sums = 0, 0, 0, None, {}
     episode, episode_return, episode_length = (np.zeros(num_envs, dtype) for dtype in (np.int64, np.float64, np.int64))
     if state:
         load_agent(agent, state)
         replay.load_state_dict(own["replay"])
-        step, updates, due_from = state["step"], state["updates"], state["due_from"]
+        step, updates, due, due_from = (state[key] for key in ("step", "updates", "due", "due_from"))
         carry, sums = own["carry"], own["sums"]
         episode, episode_return, episode_length = (x.cpu().numpy() for x in own["episodes"])
         restore_envs(envs, replay, agent, rank * num_envs, args.seed, episode, episode_length)
@@ -1796,7 +1796,7 @@ def train(args):
             dist.gather_object(mine, everyone if rank == 0 else None)
         if rank == 0:
             whole = dict(script=SCRIPT, agent=agent.state_dict(), step=step, updates=updates, due_from=due_from)
-            save(f"{run}/checkpoint.pt", whole | dict(processes=everyone))
+            save(f"{run}/checkpoint.pt", whole | dict(due=due, processes=everyone))
 
     signals = []
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -1816,8 +1816,9 @@ def train(args):
             action = agent.env_action(carry[2])
             if parallel:
                 envs.step_async(action)  # the environments run while the model learns
-            due, due_from = updates_due(args, step, due_from, len(replay) * world)
-            for _ in range(due):
+            burst, due_from = updates_due(args, step, due_from, len(replay) * world)
+            due += burst
+            while due:
                 started = time.time()
                 data, index = batch or fetch()
                 latents, metrics = update(data)
@@ -1828,10 +1829,14 @@ def train(args):
                         raise Failure(f"{key} is {value}, update {updates}, frame {frame}: the last checkpoint is kept")
                     sums[key] = sums.get(key, 0.0) + value
                 replay.write(index, {key: value.cpu().numpy() for key, value in latents.items()})
-                updates += 1
+                updates, due = updates + 1, due - 1
                 if updates == 3 and device.type == "cpu" and rank == 0:
                     left = (args.total_timesteps - frame) / args.action_repeat * updates_per_step(args)
                     tell_cost(time.time() - started, left)
+                if due and agree(bool(signals), device):
+                    break
+            if due:  # a signal came in a burst of updates: --resume begins with the rest
+                break
             try:
                 obs, reward, *_ = envs.step_wait() if parallel else envs.step(action)
             except (EOFError, ConnectionError):
