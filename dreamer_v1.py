@@ -218,7 +218,7 @@ class Interrupted(Failure):
 
 def parse_args(argv=None):
     """Command line -> Args: defaults, then the run's own or the suite's preset, then the flags that were given.
-    Changed from planet.py: [C9]"""
+    Changed from planet.py: [C1], [C3], [C6], [C9]"""
     argv = sys.argv[1:] if argv is None else list(argv)
     presets = "\n".join(f"    {name}: {show(preset)}" for name, preset in PRESETS.items())
     text = f"{__doc__}\nPresets by the first word of --env-id:\n{presets}"
@@ -674,8 +674,7 @@ def lambda_return(reward, cont, next_value, lmbda):
     """λ-returns: (N, T) each -> (N, T); Eq. 6 (arXiv:1912.01603).
 
     R_t = r_t + c_t · ((1 - λ) v_t+1 + λ R_t+1), R_T = v_T.
-    [C1]
-    """
+    [C1]"""
     interim = reward + cont * (1 - lmbda) * next_value
     returns = [next_value[:, -1]]
     for t in range(reward.shape[1] - 1, -1, -1):
@@ -955,8 +954,7 @@ class WorldModel(nn.Module):
         """Eq. 10 (arXiv:1912.01603) -> losses (B, T) by name, that of the KL an average; deter, stoch, feat; stats.
 
         data: observations (B, T, ...), action, reward, is_first, is_last, is_terminal; noise (B, T, S).
-        Changed from planet.py: [C3], [C7], [C10]
-        """
+        Changed from planet.py: [C3], [C7], [C10]"""
         args = self.args
         embed = self.encoder(data)  # (B, T, E)
         deter, stoch, post = self.rssm.observe(embed, data["action"], data["is_first"], start, noise)
@@ -1185,8 +1183,7 @@ class Agent(nn.Module):
         """Observations with is_first of E environments, what it returned last -> deter, stoch, action (E, A).
 
         In evaluation, the action is the mode; in training, the sampled one is disturbed.
-        Changed from planet.py: [C1]
-        """
+        Changed from planet.py: [C1]"""
         deter, stoch, action = carry
         action = action * (1 - obs["is_first"].float().unsqueeze(-1))
         actor = self.behaviour.actor
@@ -1249,8 +1246,7 @@ class Agent(nn.Module):
 
         data: observations (B, T, ...), action (B, T, A), reward, is_first, is_last, is_terminal (B, T). With several
         processes each has its share of the batch.
-        Changed from planet.py: [C1], [C3], [C6]
-        """
+        Changed from planet.py: [C1], [C3], [C6]"""
         args = self.args
         noise = noise or self.noise(*data["reward"].shape)
         if args.tanh_rewards:

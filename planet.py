@@ -224,6 +224,10 @@ def parse_args(argv=None):
         args = cli(dataclasses.replace(Args(), **preset | REPEATS.get(args.env_id, {})))
     if args.image_size != 64:
         raise Failure(f"--image-size {args.image_size}: the convolutions are made for 64")
+    most = {"bits": 8, "elites": args.candidates, "overshooting_distance": args.batch_length}
+    for name, value in most.items():
+        if getattr(args, name) > value:
+            raise Failure(f"--{name.replace('_', '-')} {getattr(args, name)}: at most {value}")
     return args
 
 
