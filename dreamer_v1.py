@@ -674,7 +674,8 @@ def lambda_return(reward, cont, next_value, lmbda):
     """λ-returns: (N, T) each -> (N, T); Eq. 6 (arXiv:1912.01603).
 
     R_t = r_t + c_t · ((1 - λ) v_t+1 + λ R_t+1), R_T = v_T.
-    [C1]"""
+    [C1]
+    """
     interim = reward + cont * (1 - lmbda) * next_value
     returns = [next_value[:, -1]]
     for t in range(reward.shape[1] - 1, -1, -1):
@@ -954,7 +955,8 @@ class WorldModel(nn.Module):
         """Eq. 10 (arXiv:1912.01603) -> losses (B, T) by name, that of the KL an average; deter, stoch, feat; stats.
 
         data: observations (B, T, ...), action, reward, is_first, is_last, is_terminal; noise (B, T, S).
-        Changed from planet.py: [C3], [C7], [C10]"""
+        Changed from planet.py: [C3], [C7], [C10]
+        """
         args = self.args
         embed = self.encoder(data)  # (B, T, E)
         deter, stoch, post = self.rssm.observe(embed, data["action"], data["is_first"], start, noise)
@@ -1183,7 +1185,8 @@ class Agent(nn.Module):
         """Observations with is_first of E environments, what it returned last -> deter, stoch, action (E, A).
 
         In evaluation, the action is the mode; in training, the sampled one is disturbed.
-        Changed from planet.py: [C1]"""
+        Changed from planet.py: [C1]
+        """
         deter, stoch, action = carry
         action = action * (1 - obs["is_first"].float().unsqueeze(-1))
         actor = self.behaviour.actor
@@ -1246,7 +1249,8 @@ class Agent(nn.Module):
 
         data: observations (B, T, ...), action (B, T, A), reward, is_first, is_last, is_terminal (B, T). With several
         processes each has its share of the batch.
-        Changed from planet.py: [C1], [C3], [C6]"""
+        Changed from planet.py: [C1], [C3], [C6]
+        """
         args = self.args
         noise = noise or self.noise(*data["reward"].shape)
         if args.tanh_rewards:
