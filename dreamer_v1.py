@@ -1209,8 +1209,8 @@ class Agent(nn.Module):
             return (action + args.action_noise * torch.randn_like(action)).clamp(-1, 1)
         progress = (self.optimizers["actor"].updates / args.random_actions_updates).clamp(max=1)
         share = args.random_actions + progress * (args.random_actions_end - args.random_actions)
-        random = torch.rand(len(action), 1, device=self.device) < share
-        return torch.where(random, self.random_action(len(action)), action)
+        replaced = torch.rand(len(action), 1, device=self.device) < share
+        return torch.where(replaced, self.random_action(len(action)), action)
 
     def random_action(self, num_envs):
         """Uniform actions (E, A) for the prefill."""
