@@ -218,7 +218,7 @@ class Interrupted(Failure):
 
 def parse_args(argv=None):
     """Command line -> Args: defaults, then the run's own or the suite's preset, then the flags that were given.
-    Changed from planet.py: [C9]"""
+    Changed from planet.py: [C1], [C3], [C6], [C9]"""
     argv = sys.argv[1:] if argv is None else list(argv)
     presets = "\n".join(f"    {name}: {show(preset)}" for name, preset in PRESETS.items())
     text = f"{__doc__}\nPresets by the first word of --env-id:\n{presets}"
@@ -1209,8 +1209,8 @@ class Agent(nn.Module):
             return (action + args.action_noise * torch.randn_like(action)).clamp(-1, 1)
         progress = (self.optimizers["actor"].updates / args.random_actions_updates).clamp(max=1)
         share = args.random_actions + progress * (args.random_actions_end - args.random_actions)
-        random = torch.rand(len(action), 1, device=self.device) < share
-        return torch.where(random, self.random_action(len(action)), action)
+        replaced = torch.rand(len(action), 1, device=self.device) < share
+        return torch.where(replaced, self.random_action(len(action)), action)
 
     def random_action(self, num_envs):
         """Uniform actions (E, A) for the prefill."""

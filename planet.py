@@ -224,6 +224,10 @@ def parse_args(argv=None):
         args = cli(dataclasses.replace(Args(), **preset | REPEATS.get(args.env_id, {})))
     if args.image_size != 64:
         raise Failure(f"--image-size {args.image_size}: the convolutions are made for 64")
+    most = {"bits": 8, "elites": args.candidates, "overshooting_distance": args.batch_length}
+    for name, value in most.items():
+        if getattr(args, name) > value:
+            raise Failure(f"--{name.replace('_', '-')} {getattr(args, name)}: at most {value}")
     return args
 
 
@@ -990,16 +994,16 @@ class WorldModel(nn.Module):
 # === Behaviour ========================================================================================================
 
 
-def plan(evaluate, noise, elites):
+def plan(objective, noise, elites):
     """Cross-entropy method, Algorithm 2 (arXiv:1811.04551v5) -> mean of the last distribution (N, H, A).
 
-    evaluate: candidates (N, J, H, A) -> returns (N, J); noise: normal (I, N, J, H, A). As in the authors' code,
+    objective: candidates (N, J, H, A) -> returns (N, J); noise: normal (I, N, J, H, A). As in the authors' code,
     candidates are clipped before they are evaluated and the deviation is the standard one (paper: the mean absolute).
     """
     mean, std = 0.0, 1.0
     for eps in noise:
         candidates = (mean + std * eps).clamp(-1, 1)  # (N, J, H, A)
-        best = evaluate(candidates).topk(elites, sorted=False).indices  # (N, K)
+        best = objective(candidates).topk(elites, sorted=False).indices  # (N, K)
         best = candidates.gather(1, best[..., None, None].expand(-1, -1, *candidates.shape[2:]))  # (N, K, H, A)
         var, mean = torch.var_mean(best, 1, correction=0, keepdim=True)  # (N, 1, H, A)
         std = (var + 1e-6).sqrt()  # (N, 1, H, A)
@@ -1116,11 +1120,11 @@ class Agent(nn.Module):
         iterations, elites = (1, 1) if args.planner == "random-shooting" else (args.iterations, args.elites)
         shape = len(deter), args.candidates, args.planning_horizon
 
-        def evaluate(action):
+        def objective(action):
             return predicted_return(self.world_model, (deter, stoch), self.to_onehot(action), self.latent_noise(*shape))
 
         noise = torch.randn(iterations, *shape, self.action_dim, device=self.device)
-        return self.to_onehot(plan(evaluate, noise, elites)[:, 0])
+        return self.to_onehot(plan(objective, noise, elites)[:, 0])
 
     def to_onehot(self, action):
         """Planned numbers (..., A) -> actions: discrete ones are that of the largest number."""
@@ -1131,8 +1135,8 @@ class Agent(nn.Module):
         args = self.args
         if not self.discrete:
             return (action + args.action_noise * torch.randn_like(action)).clamp(-1, 1)
-        random = torch.rand(len(action), 1, device=self.device) < args.random_actions
-        return torch.where(random, self.random_action(len(action)), action)
+        replaced = torch.rand(len(action), 1, device=self.device) < args.random_actions
+        return torch.where(replaced, self.random_action(len(action)), action)
 
     def random_action(self, num_envs):
         """Uniform actions (E, A) for the prefill."""
