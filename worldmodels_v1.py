@@ -221,7 +221,7 @@ PRESETS = {  # by the first word of --env-id, then by that word and --quick
     ),
     "carracing-quick": dict(
         total_timesteps=2_000_000, action_repeat=4, rollouts=60, policy="brown", vae_updates=1500, vae_batch_size=32,
-        vae_rate=1e-3, vae_decay=0.998, rnn_updates=600, batch_size=16, batch_length=64, generations=60, population=16,
+        vae_rate=1e-3, vae_decay=0.998, rnn_updates=600, batch_size=16, batch_length=64, generations=80, population=16,
         candidate_rollouts=1, patience=25, eval_generations=10, eval_episodes=10, log_every=100,
     ),
     "vizdoomtakecover": dict(
@@ -1322,7 +1322,7 @@ class Undrawn(gym.Wrapper):
 
     def step(self, action):
         game, total = self.unwrapped, 0.0
-        game._render = lambda mode: game.state
+        game._render = lambda mode: game.state.copy()
         for left in range(self.repeat, 0, -1):
             if left == 1:
                 del game._render
