@@ -221,7 +221,7 @@ PRESETS = {  # by the first word of --env-id, then by that word and --quick
     ),
     "carracing-quick": dict(
         total_timesteps=2_000_000, action_repeat=4, rollouts=60, policy="brown", vae_updates=1500, vae_batch_size=32,
-        vae_rate=1e-3, vae_decay=0.998, rnn_updates=600, batch_size=16, batch_length=64, generations=80, population=16,
+        vae_rate=1e-3, vae_decay=0.998, rnn_updates=600, batch_size=16, batch_length=64, generations=60, population=16,
         candidate_rollouts=1, patience=25, eval_generations=10, eval_episodes=10, log_every=100,
     ),
     "vizdoomtakecover": dict(
@@ -651,9 +651,10 @@ def mdn_log_prob(logits, mean, log_std, target):
 def mdn_sample(logits, mean, log_std, uniform, normal, temperature):
     """A sample (...) of mixtures (..., K) from uniform and normal noise (...).
 
-    The temperature divides the logits and multiplies the variance.
+    The temperature divides the logits and multiplies the variance. Written out: softmax over few is slow on a CPU.
     """
-    index = ((logits / temperature).softmax(-1)[..., :-1].cumsum(-1) < uniform.unsqueeze(-1)).sum(-1, keepdim=True)
+    weight = ((logits - logits.amax(-1, keepdim=True)) / temperature).exp().cumsum(-1)
+    index = (weight[..., :-1] < uniform.unsqueeze(-1) * weight[..., -1:]).sum(-1, keepdim=True)
     mean, log_std = mean.gather(-1, index).squeeze(-1), log_std.gather(-1, index).squeeze(-1)
     return mean + log_std.exp() * math.sqrt(temperature) * normal
 
@@ -727,8 +728,8 @@ class LSTM(nn.Module):
 
     def inputs(self, x):
         """The inputs' share, for all steps at once: (..., inp) -> (..., 4 units)."""
-        x = x @ self.weight[: self.inp]
-        return x if self.layer_norm else x + self.bias
+        weight = self.weight[: self.inp]
+        return x @ weight if self.layer_norm else F.linear(x, weight.T, self.bias)
 
     def norm(self, x, rows):
         return F.layer_norm(x, x.shape[-1:], eps=1e-12) * self.scale[rows] + self.shift[rows]
@@ -771,11 +772,12 @@ class MDNRNN(nn.Module):
     def kernels(self):
         """What a scan makes once for all its steps: nothing."""
 
-    def inputs(self, stoch, action, first):
-        """The share of latent (..., S), action (..., A), and whether the latent is an episode's first (...)."""
-        action = action[..., 1:2] - action[..., 2:3] if self.args.moves else action
-        first = [first.float().unsqueeze(-1)] if self.args.restart_input else []
-        return self.cell.inputs(torch.cat([stoch, action, *first], -1))
+    def inputs(self, deter, stoch, action):
+        """The share of latent (..., S) and action (..., A) in the next step; deter (..., D) tells if it is the first."""
+        x = [stoch, action[..., 1:2] - action[..., 2:3] if self.args.moves else action]
+        if self.args.restart_input:
+            x.append((deter == 0).all(-1, keepdim=True))  # which it is then alone
+        return self.cell.inputs(torch.cat(x, -1))
 
     def mixture(self, deter):
         """(..., D) -> logits, means, log-deviations of the latent, each (..., S, K)."""
@@ -784,7 +786,7 @@ class MDNRNN(nn.Module):
 
     def core(self, deter, stoch, action, mask=None):
         """deter (B, D), stoch (B, S), action (B, A) -> next deter (B, D)."""
-        return self.cell(self.inputs(stoch, action, (deter == 0).all(-1)), deter, mask)  # zero at the start alone
+        return self.cell(self.inputs(deter, stoch, action), deter, mask)
 
     def img_step(self, state, action, noise, kernels):
         """One step of the dream: state, action (B, A), noise of `Agent.latent_noise` -> state."""
@@ -803,11 +805,11 @@ class MDNRNN(nn.Module):
         mean, logvar = embed.chunk(2, -1)
         stoch = mean + (logvar / 2).exp() * noise[..., : self.args.stoch]
         before = torch.cat([start[1].unsqueeze(1), stoch[:, :-1]], 1)
-        first = torch.cat([(start[0] == 0).all(-1, keepdim=True), is_first[:, :-1]], 1)
-        inputs, keep = self.inputs(before, action, first).unbind(1), 1 - is_first.float().unsqueeze(-1)
+        keep = 1 - is_first.float().unsqueeze(-1)
+        begun = torch.cat([start[0].unsqueeze(1), keep[:, :-1].expand(-1, -1, start[0].shape[-1])], 1)
         deter, deters = start[0], []
-        for t, x in enumerate(inputs):
-            deter = self.cell(x, deter, None if mask is None else mask[:, t]) * keep[:, t]
+        for t, inputs in enumerate(self.inputs(begun, before, action).unbind(1)):
+            deter = self.cell(inputs, deter, None if mask is None else mask[:, t]) * keep[:, t]
             deters.append(deter)
         return torch.stack(deters, 1), stoch
 
