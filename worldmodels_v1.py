@@ -220,8 +220,8 @@ PRESETS = {  # by the first word of --env-id, then by that word and --quick
         total_timesteps=2_000_000_000, num_envs=CORES, image_size=96, crop=0.875, brake=2, eval_episodes=1024
     ),
     "carracing-quick": dict(
-        total_timesteps=2_000_000, action_repeat=4, rollouts=60, policy="brown", vae_updates=1500, vae_batch_size=32,
-        vae_rate=1e-3, vae_decay=0.998, rnn_updates=600, batch_size=16, batch_length=64, generations=60, population=16,
+        total_timesteps=2_000_000, action_repeat=4, rollouts=60, policy="brown", vae_updates=1000, vae_batch_size=32,
+        vae_rate=1e-3, vae_decay=0.997, rnn_updates=400, batch_size=16, batch_length=64, generations=60, population=16,
         candidate_rollouts=1, patience=25, eval_generations=10, eval_episodes=10, log_every=100,
     ),
     "vizdoomtakecover": dict(
@@ -773,7 +773,7 @@ class MDNRNN(nn.Module):
         """What a scan makes once for all its steps: nothing."""
 
     def inputs(self, deter, stoch, action):
-        """The share of latent (..., S) and action (..., A) in the next step; deter (..., D) tells if it is the first."""
+        """The share of latent (..., S) and action (..., A) in the next step; deter (..., D) tells if it is first."""
         x = [stoch, action[..., 1:2] - action[..., 2:3] if self.args.moves else action]
         if self.args.restart_input:
             x.append((deter == 0).all(-1, keepdim=True))  # which it is then alone
@@ -941,7 +941,8 @@ def dream_returns(agent, params, start, length):
     """
     model, controller, P, R = agent.world_model, agent.behaviour, len(params), len(start[0])
     dream, owner = torch.arange(R, device=params.device).repeat(P), params
-    deter, stoch = (x.repeat(P, 1) for x in start)  # (M, D or S)
+    deter = start[0].repeat(P, 1)  # (M, D)
+    stoch = start[1].repeat(P, 1)  # (M, S)
     alive, total = torch.ones(P * R, device=params.device), torch.zeros(P * R, device=params.device)  # (M,)
     place = torch.arange(P * R, device=params.device)  # (M,)
     sums = total.clone()
@@ -1407,7 +1408,7 @@ class Workers:
 
     def __init__(self, args, agent):
         # forked from a clean process, which has the imports that take long
-        multiprocessing.set_forkserver_preload(["cv2", "gymnasium", "torch.utils.tensorboard", "tyro"])
+        multiprocessing.set_forkserver_preload(["cma", "cv2", "gymnasium", "torch.utils.tensorboard", "tyro"])
         weights = {key: value.cpu() for key, value in agent.state_dict().items() if torch.is_tensor(value)}
         self.ahead = 4 * args.num_envs
         self.pool = concurrent.futures.ProcessPoolExecutor(
@@ -1494,11 +1495,11 @@ class Run:
         """Seeds of episodes, which depend on the run's seed and on what they are for."""
         return np.random.SeedSequence([self.args.seed, *key]).generate_state(count).tolist()
 
-    def stage(self, total):
-        """Counts the units of a stage up to `total` from where it is, with a bar; what is done is kept."""
+    def stage(self, total, most=math.inf):
+        """Counts the units of a stage from where it is up to `total`, with a bar, or until there are `most` frames."""
         name = STAGES[self.at["stage"]]
         with tqdm(total=total, initial=self.at["done"], desc=name, smoothing=0.05) as self.bar:
-            while self.at["done"] < total and self.at["frames"] < self.args.total_timesteps:
+            while self.at["done"] < total and self.at["frames"] < most:
                 yield self.at["done"]
 
     def advance(self, row=None, means=None, frames=0, text=""):
@@ -1550,7 +1551,7 @@ def collect(run):
     seeds = (run.seeds(0, iteration, number)[0] for number in itertools.count(tried))
     with Workers(args, run.agent) as workers:
         episodes = workers.results(job | dict(seed=seed, keep=True) for seed in seeds)
-        for _ in run.stage(args.rollouts):
+        for _ in run.stage(args.rollouts, args.total_timesteps):
             frames, length = 0, 0
             while length <= args.shortest:
                 episode = next(episodes)
@@ -1609,9 +1610,10 @@ def train_rnn(run):
         row |= held_out(run) if update == args.rnn_updates - 1 else {}
         run.advance(row, metrics, text=f"latent {metrics['losses/latent_loss']:.3f}")
     if args.eval_every:
-        first = [first for first, size in run.rollouts.episodes(True) if size > 60][:4]
-        if first:
-            steps = np.array(first)[:, None] + np.arange(60)
+        first, size = run.rollouts.episodes(True).T
+        length = min(60, size.max())
+        if length > 5:
+            steps = first[size >= length][:4, None] + np.arange(length)
             data = run.batch(steps) | to_tensors(run.rollouts.get(steps, ["image"]), run.device)
             run.log.video(run.at["tick"], "video/open_loop", open_loop(agent, data))
 
@@ -1677,7 +1679,7 @@ def evolve(run):
     for cost in costs:
         es.tell(es.ask(), cost)
     with Workers(args, agent) as workers:
-        for generation in run.stage(args.generations):
+        for generation in run.stage(args.generations, args.total_timesteps):
             candidates, frames = es.ask(), 0
             params = torch.tensor(np.array(candidates), dtype=torch.float32, device=run.device)
             if args.train_controller_in == "dream":
@@ -1700,7 +1702,7 @@ def evolve(run):
             if args.train_controller_in == "dream":
                 again = dream_returns(agent, mean[None], dream_starts(run, 64), args.dream_length)
                 row |= {"charts/dream_return": again.item()}
-            last = generation + 1 == args.generations
+            last = generation + 1 == args.generations or at["frames"] + frames >= args.total_timesteps
             if args.eval_every and args.eval_episodes and ((generation + 1) % args.eval_generations == 0 or last):
                 seeds = run.seeds(2, at["iteration"], generation, count=args.eval_episodes)
                 returns, film = workers.evaluate(seeds, mean.cpu(), args.capture_video)
