@@ -1598,7 +1598,7 @@ def train_rnn(run):
     scale = [reward.mean(), reward.std() if reward.std() > 1e-6 else 1.0]
     agent.world_model.reward_scale.copy_(torch.tensor(scale))
     for update in run.stage(args.rnn_updates):
-        row = {f"{key}_untrained": value for key, value in held_out(run).items()} if update == 0 else {}
+        row = {"eval/latent_loss_untrained": held_out(run)["eval/latent_loss"]} if update == 0 else {}
         if order is None or update % chunks == 0:
             rng = np.random.default_rng([args.seed, run.at["iteration"], update // chunks])
             order = run.rollouts.streams(rng.permutation(episodes), args.batch_size, args.batch_length)
