@@ -1404,13 +1404,13 @@ def rollout(job):
 
 
 class Workers:
-    """`num_envs` worker processes that act with the agent as it is now."""
+    """`num_envs` worker processes that act with the agent as it is now; a signal ends the wait for them."""
 
-    def __init__(self, args, agent):
+    def __init__(self, args, agent, signals=()):
         # forked from a clean process, which has the imports that take long
         multiprocessing.set_forkserver_preload(["cma", "cv2", "gymnasium", "torch.utils.tensorboard", "tyro"])
         weights = {key: value.cpu() for key, value in agent.state_dict().items() if torch.is_tensor(value)}
-        self.ahead = 4 * args.num_envs
+        self.ahead, self.signals = 4 * args.num_envs, signals
         self.pool = concurrent.futures.ProcessPoolExecutor(
             args.num_envs, multiprocessing.get_context("forkserver"), start_worker, (args, weights)
         )
@@ -1432,6 +1432,10 @@ class Workers:
             pending.extend(self.pool.submit(rollout, job) for job in itertools.islice(jobs, self.ahead - len(pending)))
             if not pending:
                 return
+            while not (pending[0].done() or self.signals):
+                concurrent.futures.wait([pending[0]], timeout=0.5)
+            if self.signals:
+                raise KeyboardInterrupt
             try:
                 yield pending.popleft().result()
             except concurrent.futures.process.BrokenProcessPool:
@@ -1547,19 +1551,19 @@ def collect(run):
     """Episodes of random agents or, from the second iteration on, of the controller with noise."""
     args, iteration = run.args, run.at["iteration"]
     job = dict(policy=args.policy) if iteration == 0 else dict(policy="controller", noise=args.collect_noise)
-    tried = run.memory.setdefault("tried", 0)
+    tried = run.memory.get("tried", 0)
     seeds = (run.seeds(0, iteration, number)[0] for number in itertools.count(tried))
-    with Workers(args, run.agent) as workers:
+    with Workers(args, run.agent, run.signals) as workers:
         episodes = workers.results(job | dict(seed=seed, keep=True) for seed in seeds)
         for _ in run.stage(args.rollouts, args.total_timesteps):
             frames, length = 0, 0
             while length <= args.shortest:
-                episode = next(episodes)
-                run.memory["tried"] += 1
+                episode, tried = next(episodes), tried + 1
                 length = episode["length"]
                 frames += length * args.action_repeat
-                if run.memory["tried"] > 100 * args.rollouts:
+                if tried > 100 * args.rollouts:
                     raise Failure(f"--shortest {args.shortest}: hardly any episode is longer")
+            run.memory["tried"] = tried
             run.rollouts.add(episode["steps"])
             row = {"charts/episodic_return": episode["total"], "charts/episodic_length": length * args.action_repeat}
             run.advance(row, frames=frames, text=f"return {episode['total']:.1f}")
@@ -1652,11 +1656,10 @@ def held_out(run, most=20):
 def dream_starts(run, count):
     """States that dreams start from, of what was collected: deter (R, D), stoch (R, S)."""
     model, args, arrays = run.agent.world_model, run.args, run.rollouts.arrays
-    if args.dream_context:
-        last = run.rng.choice(np.flatnonzero(~arrays["is_last"][: run.rollouts.count]), count)
-    else:
-        last = run.rng.choice(run.rollouts.episodes()[:, 0], count)
-    steps = np.maximum(last[:, None] + np.arange(-args.dream_context, 1), 0)
+    anywhere = np.flatnonzero(~arrays["is_last"][: run.rollouts.count])
+    last = anywhere if args.dream_context else run.rollouts.episodes()[:, 0]
+    last = last[torch.randint(len(last), (count, 1)).numpy()]
+    steps = np.maximum(last + np.arange(-args.dream_context, 1), 0)
     data, noise = run.batch(steps), torch.randn(*steps.shape, args.stoch, device=run.device)
     data["is_first"][:, 0] = True
     seen = model.rssm.observe(data["embed"], data["action"], data["is_first"], model.rssm.initial(count), noise)
@@ -1678,15 +1681,16 @@ def evolve(run):
     es = cma.CMAEvolutionStrategy(start.cpu().numpy(), args.sigma, options | dict(verbose=-9))
     for cost in costs:
         es.tell(es.ask(), cost)
-    with Workers(args, agent) as workers:
+    with Workers(args, agent, run.signals) as workers:
         for generation in run.stage(args.generations, args.total_timesteps):
             candidates, frames = es.ask(), 0
+            seed, *seeds = run.seeds(1, at["iteration"], generation, count=1 + args.candidate_rollouts)
+            torch.manual_seed(seed)  # so that a generation that was cut short can be done again
             params = torch.tensor(np.array(candidates), dtype=torch.float32, device=run.device)
             if args.train_controller_in == "dream":
                 fitness = dream_returns(agent, params, dream_starts(run, args.candidate_rollouts), args.dream_length)
                 fitness = fitness.cpu().numpy()
             else:
-                seeds = run.seeds(1, at["iteration"], generation, count=args.candidate_rollouts)
                 jobs = [
                     dict(policy="controller", seed=seed, params=x, patience=args.patience)
                     for x in params.cpu() for seed in seeds
@@ -1694,8 +1698,7 @@ def evolve(run):
                 done = list(workers.results(jobs))
                 fitness = np.array([x["total"] for x in done]).reshape(len(params), -1).mean(1)
                 frames = sum(x["length"] for x in done) * args.action_repeat
-            costs.append((-fitness).tolist())
-            es.tell(candidates, costs[-1])
+            es.tell(candidates, (-fitness).tolist())
             mean = torch.tensor(es.result.xfavorite, dtype=torch.float32, device=run.device)
             row = {"charts/generation": generation + 1, "charts/fitness_mean": fitness.mean()}
             row |= {"charts/fitness_best": fitness.max(), "stats/sigma": es.sigma}
@@ -1715,6 +1718,7 @@ def evolve(run):
                     write_mp4(f"{run.folder}/videos/eval_{at['tick'] + 1}.mp4", film)
             elif memory["best"] == -math.inf:
                 agent.behaviour.params.copy_(mean)
+            costs.append((-fitness).tolist())
             run.advance(row, frames=frames, text=f"fitness {fitness.mean():.1f} best {fitness.max():.1f}")
 
 
