@@ -186,6 +186,8 @@ class Args:
     """C: units of a hidden layer; 0 for none"""
     controller_bias: bool = True
     """C: layers have biases"""
+    sample_latent: bool = True
+    """C: acts on a sample of V's latent, as in the paper, not on its mean"""
     brake: int | None = None
     """C: the action that is 0 for half of the outputs, clip(tanh u, 0, 1): CarRacing's brake"""
     moves: bool = False
@@ -222,7 +224,7 @@ PRESETS = {  # by the first word of --env-id, then by that word and --quick
     "carracing-quick": dict(
         total_timesteps=2_000_000, action_repeat=4, rollouts=60, policy="brown", vae_updates=1000, vae_batch_size=32,
         vae_rate=1e-3, vae_decay=0.997, rnn_updates=400, batch_size=16, batch_length=64, generations=60, population=16,
-        candidate_rollouts=1, patience=25, eval_generations=10, eval_episodes=10, log_every=100,
+        candidate_rollouts=1, sample_latent=False, patience=25, eval_generations=10, eval_episodes=10, log_every=100,
     ),
     "vizdoomtakecover": dict(
         total_timesteps=100_000_000, num_envs=CORES, time_limit=2100, image_size=96, crop=5 / 6, policy="held",
@@ -838,7 +840,7 @@ class WorldModel(nn.Module):
         image = torch.cat([obs[key] for key in self.spaces], -1).permute(0, 3, 1, 2)
         image = image[:, :, : round(self.args.crop * image.shape[2])]
         if image.shape[2:] != (SIDE, SIDE):
-            image = F.interpolate(image, (SIDE, SIDE), mode="bilinear", antialias=True)
+            image = F.interpolate(image.float(), (SIDE, SIDE), mode="bilinear", antialias=True).round().byte()
         return image.permute(0, 2, 3, 1)
 
     def vae_loss(self, image, noise):
@@ -1005,7 +1007,7 @@ class Agent(nn.Module):
         """
         deter = self.world_model.rssm.core(*carry) * ~obs["is_first"].bool().unsqueeze(-1)
         mean, logvar = self.world_model.encoder(self.world_model.frame(obs)).chunk(2, -1)
-        stoch = mean + (logvar / 2).exp() * torch.randn_like(mean)
+        stoch = mean + (logvar / 2).exp() * torch.randn_like(mean) * self.args.sample_latent
         return deter, stoch, self.behaviour.action((policy or self.policy)(deter, stoch))
 
     def policy(self, deter, stoch, params=None):
@@ -1342,11 +1344,10 @@ WORKER = {}  # what a worker process holds: environment and agent
 
 
 def start_worker(args, weights):
-    """A worker process: an environment, an agent and one thread; it ends with the main process."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
-    parent = multiprocessing.parent_process()
-    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+    """A worker process: an environment, an agent and one thread; it ends with the main process.
+
+    Environments may have processes of their own, as VizDoom's has, which closing ends.
+    """
     torch.set_num_threads(1)
     args = dataclasses.replace(args, compile=False)
     env = make_env(args)
@@ -1354,6 +1355,10 @@ def start_worker(args, weights):
         env.env.env, env.env.repeat = Undrawn(env.env.env, args.action_repeat), 1
     agent = Agent(args, env.observation_space.spaces, env.action_space)
     agent.load_state_dict(weights, strict=False)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # which the whole group gets
+    signal.signal(signal.SIGTERM, lambda *_: (env.close(), os._exit(0)))
+    parent, pid = multiprocessing.parent_process(), os.getpid()
+    threading.Thread(target=lambda: (parent.join(), os.kill(pid, signal.SIGTERM)), daemon=True).start()
     WORKER.update(env=env, agent=agent)
 
 
@@ -1419,11 +1424,9 @@ class Workers:
         return self
 
     def __exit__(self, *_):
-        processes = list((self.pool._processes or {}).values())
-        self.pool.shutdown(wait=False, cancel_futures=True)
-        for process in processes:
-            process.kill()
-            process.join()
+        for process in list((self.pool._processes or {}).values()):
+            process.terminate()
+        self.pool.shutdown(cancel_futures=True)
 
     def results(self, jobs):
         """What the rollouts of the jobs return, in order; a few jobs ahead."""

@@ -561,7 +561,7 @@ def test_a_stage_that_was_stopped_goes_on_exactly(whole, tmp_path, at, number, f
         assert f"--resume runs/{run.name}" in result.stdout.splitlines()[-1]
     state = checkpoint(run)["at"]
     assert (state["iteration"], script.STAGES[state["stage"]]) == at[:2]
-    run_script(script, "--resume", run, cwd=tmp_path)
+    run_script(script, "--resume", run, cwd=tmp_path, timeout=400)
     same_runs(whole(*flags), run)
 
 
@@ -580,10 +580,10 @@ def test_what_is_there_is_not_done_again_and_generations_can_be_added(whole, tmp
     run = tmp_path / "run"
     subprocess.run(["cp", "-r", whole("--eval-every", 1, "--eval-episodes", 2), run], check=True)
     before, rows = checkpoint(run), len(metrics(run))
-    run_script(script, "--resume", run, cwd=tmp_path)
+    run_script(script, "--resume", run, cwd=tmp_path, timeout=400)
     same(before, checkpoint(run))
     assert len(metrics(run)) == rows
-    run_script(script, "--resume", run, "--generations", 5, cwd=tmp_path)
+    run_script(script, "--resume", run, "--generations", 5, cwd=tmp_path, timeout=400)
     after = checkpoint(run)
     assert after["at"]["done"] == 5 and after["at"]["iteration"] == 1
     assert all(torch.equal(value, after["agent"][key]) for key, value in before["agent"].items() if "encoder" in key)
@@ -593,11 +593,11 @@ def test_what_is_there_is_not_done_again_and_generations_can_be_added(whole, tmp
 def test_trouble_in_an_environment(trouble, words, tmp_path):
     (tmp_path / "go").touch()
     flags = ["--env-id", f"toy_envs:{trouble}Image-v0", *tiny(script)]
-    result = run_script(script, *flags, cwd=tmp_path, code=2, TROUBLE="1")
+    result = run_script(script, *flags, cwd=tmp_path, code=2, timeout=400, TROUBLE="1")
     line = [x for x in result.stderr.splitlines() if x.startswith("worldmodels_v1.py: ")][-1]
     assert words in line and "--resume" in line
     (tmp_path / "go").unlink()
-    run_script(script, "--resume", only_run(tmp_path), cwd=tmp_path)
+    run_script(script, "--resume", only_run(tmp_path), cwd=tmp_path, timeout=400)
     assert checkpoint(only_run(tmp_path))["at"]["done"] == 3
 
 
