@@ -223,8 +223,9 @@ PRESETS = {  # by the first word of --env-id, then by that word and --quick
     ),
     "carracing-quick": dict(
         total_timesteps=2_000_000, action_repeat=4, rollouts=60, policy="brown", vae_updates=1000, vae_batch_size=32,
-        vae_rate=1e-3, vae_decay=0.997, rnn_updates=400, batch_size=16, batch_length=64, generations=60, population=16,
-        candidate_rollouts=1, sample_latent=False, patience=25, eval_generations=10, eval_episodes=10, log_every=100,
+        vae_rate=1e-3, vae_decay=0.997, deter=64, rnn_updates=400, batch_size=16, batch_length=64, generations=60,
+        population=32, candidate_rollouts=1, sample_latent=False, patience=25, eval_generations=10, eval_episodes=10,
+        log_every=100,
     ),
     "vizdoomtakecover": dict(
         total_timesteps=100_000_000, num_envs=CORES, time_limit=2100, image_size=96, crop=5 / 6, policy="held",
