@@ -17,7 +17,7 @@ STAGES = (
     "--rollouts 600 --policy held --depth 8 --stoch 8 --kl-tolerance 2 --vae-updates 1000 --vae-batch-size 32 "
     "--vae-rate 1e-3 --vae-decay 0.997 --deter 64 --rnn-updates 2500 --rnn-decay 0.998 --batch-size 16 "
     "--batch-length 12 --train-controller-in dream --temperature 0.7 --dream-length 10 --controller-hidden 16 "
-    "--population 32 --candidate-rollouts 32 --sigma 0.3"
+    "--population 32 --candidate-rollouts 32 --sigma 0.3 --no-sample-latent"
 )
 
 
@@ -50,4 +50,4 @@ def test_learns_to_follow_in_its_dream(flags, tmp_path):
     if "--num-mixtures" not in flags:
         result = run_script(script, "--evaluate", only_run(tmp_path), "--eval-episodes", 100, cwd=tmp_path, timeout=600)
         mean = float(re.search(r": (-?[\d.]+) ±", result.stdout).group(1))
-        assert mean > 6, result.stdout
+        assert mean > 5, result.stdout
