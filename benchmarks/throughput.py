@@ -12,6 +12,7 @@ machine multiplies large matrices: the share says how far the limit is.
 """
 
 import argparse
+import dataclasses
 import datetime
 import importlib
 import json
@@ -43,6 +44,11 @@ CASES = {
     "dreamer_v2": {
         "dmc pixels 50x50": "--env-id dmc-walker-walk --batch-size 50 --prefill 2560 --pretrain 1",
         "dmc pixels 16x50": "--env-id dmc-walker-walk --batch-size 16 --prefill 960 --pretrain 1",
+    },
+    "worldmodels_v1": {
+        "CarRacing": "--env-id CarRacing-v3 --batch-length 99",
+        "CarRacing quick": "--env-id CarRacing-v3 --quick",
+        "TakeCover": "--env-id VizdoomTakeCover-v1 --batch-length 99",
     },
 }
 ENVS = {"planet": (1, 4, 10)}  # environments for which acting is timed, where they are not 1, 4, 16
@@ -185,6 +191,68 @@ def loop(script, args, flags, options):
     return row
 
 
+class Still(gym.Env):
+    """Nothing happens: what stands behind a dream that is to be timed alone."""
+
+    def __init__(self, spaces, action_space):
+        self.observation_space, self.action_space = gym.spaces.Dict(spaces), action_space
+        zeros = {key: np.zeros(space.shape, space.dtype) for key, space in spaces.items()}
+        self.obs = zeros | dict(is_first=1, is_last=1, is_terminal=0)
+
+    def reset(self, *, seed=None, options=None):
+        return self.obs, {}
+
+    def step(self, action):
+        return self.obs, 0.0, False, False, {}
+
+
+def measure_stages(script, flags, options):
+    """Figures of a script in stages: V, M, dreams all at once and one by one, rollouts of the environment per core."""
+    args = script.parse_args(flags.split() + ["--compile" if options.compile else "--no-compile"])
+    device, *_ = script.setup(args)
+    moves = gym.spaces.Discrete(3) if args.moves else gym.spaces.Box(-1, 1, (3,))
+    spaces = {"image": gym.spaces.Box(0, 255, (args.image_size, args.image_size, 3), np.uint8)}
+    agent, row = script.Agent(args, spaces, moves, device), {}
+
+    def rate(name, count, function, repeats=options.repeats):
+        one_core = device.type == "cpu" and options.threads == 1  # then other programs do not count
+        row[name] = count / clock(function, repeats, device)["cpu_ms" if one_core else "wall_ms"] * 1e3
+
+    side, shape = script.SIDE, (args.batch_size, args.batch_length)
+    image = torch.randint(0, 256, (args.vae_batch_size, side, side, 3), dtype=torch.uint8, device=device)
+    rate("vae_frames_per_s", len(image), lambda: agent.update_vae(image, 0))
+    data = dict(embed=torch.zeros(*shape, 2 * args.stoch), action=torch.zeros(*shape, agent.action_dim))
+    data |= dict(reward=torch.zeros(shape), is_first=torch.zeros(shape) > 0, is_terminal=torch.zeros(shape) > 0)
+    data = {key: value.to(device) for key, value in data.items()}
+    start = agent.world_model.rssm.initial(len(data["reward"]))
+    rate("rnn_frames_per_s", data["reward"].numel(), lambda: agent.update(data, start, 0))
+
+    torch.nn.init.constant_(agent.world_model.continue_head.bias, 1e3)  # no dream ends
+    P, R, steps = args.population, args.candidate_rollouts, 20
+    params = 0.1 * torch.randn(P, agent.behaviour.params.numel(), device=device)
+    for name, p, r in (("", P, R), ("_one_by_one", 1, 1)):
+        start = agent.world_model.rssm.initial(r)
+        dreams = lambda p=p, start=start: script.dream_returns(agent, params[:p], start, steps)  # noqa: E731
+        rate(f"dream_steps_per_s{name}", p * r * steps, dreams)
+    dream = script.Dream(agent, Still(spaces, moves))
+    dream.reset(seed=0)
+
+    def step():
+        dream.step(agent.env_action(agent.behaviour.action(agent.policy(*dream.state[:2])))[0])
+
+    rate("dream_steps_per_s_gymnasium", 1, step, 20)
+    if not options.no_loop:
+        with script.Workers(dataclasses.replace(args, num_envs=1), agent) as workers:
+            seconds, frames = [], []
+            for seed in range(4):  # the first one starts the process
+                started = time.perf_counter()
+                (episode,) = workers.results([dict(policy="held", seed=seed)])
+                seconds.append(time.perf_counter() - started)
+                frames.append(episode["length"] * args.action_repeat)
+            row["env_frames_per_s_per_core"] = sum(frames[1:]) / sum(seconds[1:])
+    return row | {"population": P, "candidate_rollouts": R}
+
+
 def machine(options):
     """What the figures were measured on."""
     name = platform.processor()
@@ -225,13 +293,17 @@ def main():
     script = load(options.script)
     result = {"script": script.__name__, "machine": machine(options), "cases": {}}
     print(" ".join(f"{key}={value}" for key, value in result["machine"].items()))
-    counts = ", ".join(map(str, ENVS.get(script.__name__, (1, 4, 16))))
-    head = f"{'act ms: ' + counts + ' envs':25}"
-    print(f"case                  update ms   cpu ms  first s   GFLOP  share  {head} env f/s loop f/s  GB")
+    staged = hasattr(script, "dream_returns")
+    if not staged:
+        acting = f"act ms: {', '.join(map(str, ENVS.get(script.__name__, (1, 4, 16))))} envs"
+        print(f"{'case':22}update ms   cpu ms  first s   GFLOP  share  {acting:25} env f/s loop f/s  GB")
     for name, flags in CASES[script.__name__].items():
         if options.case not in name:
             continue
-        row = result["cases"][name] = measure(script, flags, options)
+        row = result["cases"][name] = (measure_stages if staged else measure)(script, flags, options)
+        if staged:
+            print(f"{name:20}", " ".join(f"{key}={value:.0f}" for key, value in row.items()), flush=True)
+            continue
         update, none = row["update"], float("nan")
         print(
             f"{name:20} {update['wall_ms']:10.1f} {update['cpu_ms']:8.1f} {update['first_wall_ms'] / 1e3:8.1f}", end=" "

@@ -1,13 +1,19 @@
 """The command line: help, presets, args.json, and a README that explains every key that is logged."""
 
 import dataclasses
+import importlib
 import json
 import re
 import subprocess
 import sys
 
 import pytest
-from conftest import ROOT, environment, only_run, run_script, tiny
+from conftest import EVERY, ROOT, STAGED, environment, only_run, run_script, tiny
+
+
+@pytest.fixture(params=EVERY)
+def script(request):
+    return importlib.import_module(request.param)
 
 
 def test_help_shows_every_field(script, tmp_path):
@@ -34,17 +40,19 @@ def test_unknown_flags_and_values_are_refused(script, flag, capsys):
 
 def test_presets_by_suite_and_flags_over_them(script):
     for suite, preset in script.PRESETS.items():
-        env_id, obs = suite.removesuffix("-state"), ["--obs", "state"] * suite.endswith("-state")
-        args = script.parse_args(["--env-id", f"{env_id}-some-thing", *obs])
+        env_id = suite.removesuffix("-state").removesuffix("-quick")
+        more = ["--obs", "state"] * suite.endswith("-state") + ["--quick"] * suite.endswith("-quick")
+        args = script.parse_args(["--env-id", f"{env_id}-some-thing", *more])
         assert {key: getattr(args, key) for key in preset} == preset, suite
         args = script.parse_args(
-            ["--env-id", f"{env_id}-some-thing", *obs, "--num-envs", "3", "--total-timesteps", "77"]
+            ["--env-id", f"{env_id}-some-thing", *more, "--num-envs", "3", "--total-timesteps", "77"]
         )
         assert (args.num_envs, args.total_timesteps) == (3, 77)
         others = {key: value for key, value in preset.items() if key not in ("num_envs", "total_timesteps")}
         assert {key: getattr(args, key) for key in others} == others, suite
     plain, default = script.parse_args(["--env-id", "CartPole-v1"]), script.Args()
-    assert (plain.num_envs, plain.action_repeat, plain.obs) == (default.num_envs, default.action_repeat, None)
+    assert (plain.num_envs, plain.action_repeat) == (default.num_envs, default.action_repeat)
+    assert plain.obs == (None if script.__name__ not in STAGED else "pixels")
 
 
 def test_arguments_are_saved_and_come_back(script, tmp_path):

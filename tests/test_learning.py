@@ -3,7 +3,7 @@
 import re
 
 import pytest
-from conftest import SCRIPTS, only_run, run_script
+from conftest import EVERY, SCRIPTS, metrics, only_run, run_script
 
 LEARN = {
     "dreamer_v1": "--deter 64 --hidden 64 --stoch 16 --units 64 --depth 4 --num-envs 4 --imagination-horizon 6 "
@@ -17,6 +17,12 @@ LEARN = {
     "--num-envs 4 --imagination-horizon 6 --batch-size 8 --batch-length 8 --train-ratio 32 --learning-rate 6e-4 "
     "--warmup 100 --entropy-scale 0.03 --total-timesteps 8000",
 }
+STAGES = (
+    "--rollouts 600 --policy held --depth 8 --stoch 8 --kl-tolerance 2 --vae-updates 1000 --vae-batch-size 32 "
+    "--vae-rate 1e-3 --vae-decay 0.997 --deter 64 --rnn-updates 2500 --rnn-decay 0.998 --batch-size 16 "
+    "--batch-length 12 --train-controller-in dream --temperature 0.7 --dream-length 10 --controller-hidden 16 "
+    "--population 32 --candidate-rollouts 32 --sigma 0.3 --no-sample-latent"
+)
 
 
 @pytest.mark.slow
@@ -29,3 +35,23 @@ def test_learns_to_catch(name, tmp_path, request):
     result = run_script(script, "--evaluate", only_run(tmp_path), "--eval-episodes", "40", cwd=tmp_path, timeout=600)
     mean = float(re.search(r": (-?[\d.]+) ±", result.stdout).group(1))
     assert mean > 0.7, result.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.skipif("worldmodels_v1" not in EVERY, reason="not there")
+@pytest.mark.parametrize("flags", ["--generations 100 --eval-episodes 40", "--generations 1 --num-mixtures 1"])
+def test_learns_to_follow_in_its_dream(flags, tmp_path):
+    """The controller is trained in the dream alone, and M predicts what it has not seen.
+
+    Perfect play returns 9.2, random play 2.
+    """
+    script = __import__("worldmodels_v1")
+    flags = f"--env-id toy_envs:Follow-v0 --no-cuda {STAGES} {flags}"
+    run_script(script, *flags.split(), cwd=tmp_path, timeout=3000)
+    values = {key: float(value) for _, key, value in metrics(only_run(tmp_path))[1:]}
+    assert values["eval/latent_loss"] < values["eval/latent_loss_copy"] - 0.1
+    assert values["eval/latent_loss"] < values["eval/latent_loss_untrained"] - 0.3
+    if "--num-mixtures" not in flags:
+        result = run_script(script, "--evaluate", only_run(tmp_path), "--eval-episodes", 100, cwd=tmp_path, timeout=600)
+        mean = float(re.search(r": (-?[\d.]+) ±", result.stdout).group(1))
+        assert mean > 5, result.stdout
