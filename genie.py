@@ -15,14 +15,15 @@ three are transformers of blocks that attend over space, then causally over time
 Time on all axes is in frames of video that were trained on; --total-timesteps are those that are recorded, and
 --eval-episodes counts clips that were held out: windows of the last tenth of the video.
 
-Where the paper says nothing, chosen here: RMSNorm before each layer, GELU, learned positions, no dropout; codes and what
-is matched to them have length 1, are learned by gradient, and a code that nothing uses is put where an output of the
-encoder is; the LAM's decoder predicts the change of its last frame; the loss is on masked tokens alone. The paper's
-parameter counts leave next to no room for feed-forward layers: --ffn 0.5 fits them, 4 is what others use.
-Not in the paper: clipping, --window-shift, --clean-context, --corrupt, --action-input token, --lam-grad-through-dynamics.
+Where the paper says nothing, chosen here: LayerNorm before each layer, GELU, learned positions, no dropout; codes and
+what is matched to them have length 1, are learned by gradient, and one that nothing uses is put where an output of the
+encoder is; the LAM's decoder predicts how its last frame changes, which is scaled by how much frames change; the
+dynamics' loss is on masked tokens alone. The paper's parameter counts leave next to no room for feed-forward layers:
+--ffn 0.5 fits them, 4 is what others use. Not in the paper: --clip, --window-shift, --clean-context, --corrupt,
+--lam-change, --lam-centre, --lam-shift, --action-input token, --lam-grad-through-dynamics.
 
-Shapes: B batch, T time, L = T - 1, M = T + 1, N tokens of a frame, P patches of the LAM, V codes of a token, A latent actions,
-C width of a model, D of a code, E numbers in a patch. Videos are (B, T, H, W, channels), uint8.
+Shapes: B batch, T time, L = T - 1, N tokens of a frame, P patches of a frame of the LAM, V codes of a token, A latent
+actions, C width of a model, D width of a code, E numbers in a patch. Videos are uint8, (B, T, height, width, channels).
 """
 
 import base64
@@ -123,7 +124,7 @@ class Args:
     time_limit: int | None = None
     """frames after which an episode is cut; default: the environment's own limit"""
 
-    # Genie. Defaults: appendix F of the paper (CoinRun), unless said otherwise. A size is: layers, width, heads, head size
+    # Genie. Defaults: appendix F of the paper (CoinRun), unless said otherwise. Sizes: layers, width, heads, head size
     preset: Literal["tiny", "small", "coinrun", "platformers"] = "tiny"
     """source, sizes and schedules; any flag overrides"""
     video_dir: str | None = None
@@ -168,6 +169,12 @@ class Args:
     """width of the feed-forward layers, in widths of the model"""
     lam_input: Literal["pixels", "tokens"] = "pixels"
     """what the LAM sees and predicts; tokens are the paper's ablation"""
+    lam_change: bool = False
+    """show the LAM's encoder how each frame differs from the one before, too"""
+    lam_centre: bool = False
+    """take its batch mean from what is matched to the latent actions, so that they cannot all be the same"""
+    lam_shift: int = 0
+    """largest shift, in pixels, of what the LAM's encoder sees: its code then names moves, for it cannot name places"""
     lam_grad_through_dynamics: bool = False
     """let the dynamics' loss reach the LAM's encoder"""
     action_input: Literal["add", "token"] = "add"
@@ -212,14 +219,14 @@ class Args:
     """TorchScript file of a network for --evaluate: float videos (B, 3, T, H, W) in [0, 1] -> features (B, any)"""
 
 
-TINY, SMALL, LARGE = (2, 96, 4, 24), (4, 256, 4, 64), (20, 1024, 16, 64)
+TINY, SMALL, LARGE = (2, 64, 4, 16), (4, 256, 4, 64), (20, 1024, 16, 64)
 PRESETS = {
-    "tiny": dict(env_id="atari100k-freeway", total_timesteps=48_000, action_repeat=4, num_envs=4)
-    | dict(patch=8, lam_patch=8, clip_length=8, context=7, num_codes=256, num_actions=3, latent_dim=16)
-    | dict(encoder=TINY, decoder=TINY, lam_encoder=TINY, lam_decoder=TINY, dynamics=(3, 96, 4, 24), ffn=2)
-    | dict(tokenizer_steps=1500, tokenizer_batch_size=16, tokenizer_rate=1e-3, tokenizer_warmup=100, window_shift=0.5)
-    | dict(steps=2500, batch_size=16, learning_rate=1e-3, final_rate=1e-4, warmup=100, clip=1.0, clean_context=0.5)
-    | dict(maskgit_steps=8, log_every=6400, eval_every=128_000, eval_episodes=64),
+    "tiny": dict(env_id="Pendulum-v1", total_timesteps=8_000, num_envs=2, lam_change=True, lam_centre=True)
+    | dict(patch=8, clip_length=8, context=7, num_codes=256, num_actions=3, latent_dim=16, ffn=2)
+    | dict(encoder=TINY, decoder=TINY, lam_encoder=TINY, lam_decoder=TINY, dynamics=(3, 64, 4, 16))
+    | dict(tokenizer_steps=1200, tokenizer_batch_size=8, tokenizer_rate=2e-3, tokenizer_warmup=100, window_shift=0.5)
+    | dict(steps=1500, batch_size=16, learning_rate=2e-3, final_rate=1e-4, warmup=100, clip=1.0, clean_context=0.5)
+    | dict(maskgit_steps=8, log_every=6400, eval_every=64_000, eval_episodes=64),
     "small": dict(env_id="atari100k-freeway", total_timesteps=400_000, action_repeat=4, num_envs=8)
     | dict(patch=8, num_actions=3, encoder=SMALL, decoder=SMALL, lam_encoder=SMALL, lam_decoder=SMALL)
     | dict(dynamics=(8, 384, 6, 64), tokenizer_steps=6000, tokenizer_batch_size=64, tokenizer_warmup=500)
@@ -552,8 +559,8 @@ def ignoring_interrupts(thunk):
 class Clips:
     """Video on disk: frames (count, streams, H, W, C) uint8, whether a clip starts there, and the action before it.
 
-    Actions are there for evaluation: only `true_actions` reads them. `kept` counts frames, files and files left out up to
-    the last point from which recording can go on. Failure when the disk is full; nothing is lost then.
+    Actions are there for evaluation: only `true_actions` reads them. `kept` counts frames, files and files left out, up
+    to the last point from which recording can go on. Failure when the disk is full; nothing is lost then.
     """
 
     def __init__(self, folder, shapes, streams, kept):
@@ -658,6 +665,14 @@ def unpatchify(patches, size, shape):
     return patches.flatten(4, 5).flatten(2, 3)[:, :, :height, :width]
 
 
+def roll(video, shift):
+    """Moves each clip (B, T, H, W, C) by its own number of rows and columns, shift (B, 2); what leaves comes back."""
+    place = lambda size, by: (torch.arange(size, device=video.device) + by.unsqueeze(1)) % size  # noqa: E731
+    rows, columns = place(video.shape[2], shift[:, 0]), place(video.shape[3], shift[:, 1])
+    clip, time = (torch.arange(size, device=video.device) for size in video.shape[:2])
+    return video[clip[:, None, None, None], time[:, None, None], rows[:, None, :, None], columns[:, None, None, :]]
+
+
 def num_patches(size, shape):
     return -(-shape[0] // size) * -(-shape[1] // size)
 
@@ -728,17 +743,6 @@ class Linear(nn.Linear):
         nn.init.zeros_(self.bias)
 
 
-class RMSNorm(nn.Module):
-    """x / sqrt(mean(x²) + 1e-4) · scale over the last axis, in float32."""
-
-    def __init__(self, size):
-        super().__init__()
-        self.scale = nn.Parameter(torch.ones(size))
-
-    def forward(self, x):
-        return F.rms_norm(x.float(), self.scale.shape, self.scale, 1e-4).to(x.dtype)
-
-
 class Attention(nn.Module):
     """Self-attention with normalised queries and keys, over the tokens of a frame or over time, causally, at one place.
 
@@ -749,7 +753,7 @@ class Attention(nn.Module):
         super().__init__()
         self.heads, self.over_time = heads, over_time
         self.query, self.key, self.value = (Linear(width, heads * head_size) for _ in range(3))
-        self.query_norm, self.key_norm = RMSNorm(head_size), RMSNorm(head_size)
+        self.query_norm, self.key_norm = nn.LayerNorm(head_size), nn.LayerNorm(head_size)
         self.out = Linear(heads * head_size, width)
 
     def forward(self, x, past=None):
@@ -772,7 +776,7 @@ class Block(nn.Module):
 
     def __init__(self, width, heads, head_size, ffn):
         super().__init__()
-        self.norms = nn.ModuleList(RMSNorm(width) for _ in range(3))
+        self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(3))
         self.space = Attention(width, heads, head_size, over_time=False)
         self.time = Attention(width, heads, head_size, over_time=True)
         self.ffn = nn.Sequential(Linear(width, int(ffn * width)), nn.GELU(), Linear(int(ffn * width), width))
@@ -787,7 +791,7 @@ class Block(nn.Module):
 class Transformer(nn.Module):
     """Blocks between learned positions and a normalised linear output: (B, T, N, C) -> (B, T, N, out)."""
 
-    def __init__(self, args, size, length, tokens, out, device):
+    def __init__(self, args, size, length, tokens, out, device, scale=1.0):
         super().__init__()
         layers, width, heads, head_size = size
         self.remat = args.remat
@@ -799,7 +803,7 @@ class Transformer(nn.Module):
             if args.compile:
                 block.compile(dynamic=False)
             self.blocks.append(shard(block, args, device))
-        self.norm, self.out = RMSNorm(width), Linear(width, out)
+        self.norm, self.out = nn.LayerNorm(width), Linear(width, out, scale)
 
     def forward(self, x, past=None):
         """With the past of all blocks, x is the frame that follows -> output, and the past with it."""
@@ -827,11 +831,13 @@ def shard(module, args, device):
 class VQ(nn.Module):
     """Vector quantization (arXiv:1711.00937): codes and what is matched to them have length 1.
 
-    A code that was not used for `patience` updates is put where an output of the encoder is.
+    A code that was not used for `patience` updates is put where an output of the encoder is. With `centre`, a shape,
+    inputs (B, *centre, D) lose their mean over the batch, so that they cannot all be alike; a clip alone a running one.
     """
 
-    def __init__(self, codes, dim, commitment, patience):
+    def __init__(self, codes, dim, commitment, patience, centre=None):
         super().__init__()
+        self.register_buffer("mean", None if centre is None else torch.zeros(*centre, dim))
         self.dim, self.commitment, self.patience = dim, commitment, patience
         self.codebook = nn.Parameter(F.normalize(torch.randn(codes, dim), dim=-1))
         self.register_buffer("idle", torch.zeros(codes))
@@ -842,17 +848,24 @@ class VQ(nn.Module):
 
     def forward(self, x):
         """(..., D) -> code (..., D) with straight-through gradient, its index (...), loss."""
-        x, codes = F.normalize(x.float(), dim=-1), self.codes()
+        x, codes = F.normalize(self.centred(x.float()), dim=-1), self.codes()
         index = (x @ codes.T).argmax(-1)
         code = F.embedding(index, codes)
         loss = (code - x.detach()).square().mean() + self.commitment * (x - code.detach()).square().mean()
         return x + (code - x).detach(), index, loss
 
+    def centred(self, x):
+        if self.mean is None:
+            return x
+        return x - (average([x.detach().mean(0)])[0] if len(x) > 1 else self.mean)
+
     @torch.no_grad()
     def restart(self, x, index, noise):
         """After an update on x (..., D): noise (V,) chooses the rows that replace codes which have been idle."""
         used = F.one_hot(index.flatten(), len(self.idle)).sum(0).float()
-        x = F.normalize(x.detach().float(), dim=-1).flatten(0, -2)
+        if self.mean is not None:
+            self.mean.lerp_(average([x.float().mean(0)])[0], 0.1)
+        x = F.normalize(self.centred(x.float()), dim=-1).flatten(0, -2)
         world, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
         row = (noise * len(x) * world).long() - rank * len(x)
         mine = (row >= 0) & (row < len(x))
@@ -869,7 +882,7 @@ class VQ(nn.Module):
 
 
 class FSQ(nn.Module):
-    """Finite scalar quantization (arXiv:2309.15505): each number is rounded to one of 2 to 5 levels; all codes exist."""
+    """Finite scalar quantization (arXiv:2309.15505): each number is rounded to one of 2 to 5 levels."""
 
     def __init__(self, codes):
         super().__init__()
@@ -880,10 +893,9 @@ class FSQ(nn.Module):
         if rest > 1:
             raise Failure(f"--quantizer fsq: {codes} codes are no product of 2, 3, 4 and 5")
         self.dim = len(levels)
+        base = [math.prod(levels[:i]) for i in range(len(levels))]
         self.register_buffer("levels", torch.tensor(levels), persistent=False)
-        self.register_buffer(
-            "base", torch.tensor([math.prod(levels[:i]) for i in range(len(levels))]), persistent=False
-        )
+        self.register_buffer("base", torch.tensor(base), persistent=False)
 
     def codes(self):
         """All codes (V, D)."""
@@ -906,8 +918,9 @@ class FSQ(nn.Module):
         return {"perplexity": perplexity(used), "restarts": used.new_zeros(())}
 
 
-def make_quantizer(args, codes):
-    return FSQ(codes) if args.quantizer == "fsq" else VQ(codes, args.latent_dim, args.commitment, args.code_patience)
+def make_quantizer(args, codes, centre=None):
+    options = args.latent_dim, args.commitment, args.code_patience, centre
+    return FSQ(codes) if args.quantizer == "fsq" else VQ(codes, *options)
 
 
 def whole(x):
@@ -979,13 +992,16 @@ class LatentActionModel(nn.Module):
         if args.lam_input == "tokens":
             numbers, patches = tokenizer.quantizer.dim, tokenizer.tokens
         length = args.clip_length
-        self.quantizer = make_quantizer(args, args.num_actions)
+        self.quantizer = make_quantizer(args, args.num_actions, (length - 1,) if args.lam_centre else None)
         self.patch_in = Linear(numbers, args.lam_encoder[1])
+        self.change_in = Linear(numbers, args.lam_encoder[1]) if args.lam_change else None
         self.token = nn.Parameter(0.02 * torch.randn(args.lam_encoder[1]))
         self.encoder = Transformer(args, args.lam_encoder, length, patches + 1, self.quantizer.dim, device)
         self.past_in = Linear(numbers, args.lam_decoder[1])
         self.code_in = Linear(self.quantizer.dim, args.lam_decoder[1])
-        self.decoder = Transformer(args, args.lam_decoder, length - 1, patches, numbers, device)
+        self.decoder = Transformer(
+            args, args.lam_decoder, length - 1, patches, numbers, device, scale=0.0
+        )  # copies at first
 
     def patches(self, video, code):
         """What it sees of uint8 video and the tokenizer's codes: (B, T, P, E)."""
@@ -994,12 +1010,17 @@ class LatentActionModel(nn.Module):
     def latent(self, patches):
         """(B, T, P, E) -> before quantization (B, L, D): entry t for what leads from frame t to t + 1."""
         x = self.patch_in(patches)
+        if self.change_in:
+            x = x + self.change_in(F.pad(patches[:, 1:] - patches[:, :-1], (0, 0, 0, 0, 1, 0)))
         x = torch.cat([self.token.expand(*x.shape[:2], 1, -1), x], 2)
         return self.encoder(x)[0][:, 1:, 0]
 
-    def forward(self, patches):
-        """Loss, VQ-VAE, its error as a share of that of copying the last frame -> losses, code (B, L, D), restarts."""
-        latent = self.latent(patches)  # (B, L, D)
+    def forward(self, patches, seen):
+        """Loss, VQ-VAE, its error as a share of that of copying the last frame -> losses, code (B, L, D), restarts.
+
+        What its encoder gets, `seen`, may be shifted.
+        """
+        latent = self.latent(seen)  # (B, L, D)
         code, index, vq_loss = self.quantizer(latent)
         past, target = patches[:, :-1], patches[:, 1:]
         change = self.decoder(self.past_in(past) + self.code_in(code).unsqueeze(2))[0]  # (B, L, P, E)
@@ -1066,10 +1087,8 @@ class Agent(nn.Module):
             for method in methods.split() * (args.shard and dist.is_initialized()):
                 register_fsdp_forward_method(part, method)
         self.trained = list(self.parameters())
-        stages = [self.tokenizer], [self.lam, self.dynamics]
-        self.params = dict(
-            zip(STAGES, ([p for part in parts for p in part.parameters()] for parts in stages), strict=True)
-        )
+        second = [*self.lam.parameters(), *self.dynamics.parameters()]
+        self.params = {"tokenizer": list(self.tokenizer.parameters()), "dynamics": second}
         options = dict(betas=(0.9, 0.9), weight_decay=args.weight_decay, capturable=self.device.type == "cuda")
         self.optimizers = {
             name: torch.optim.AdamW(params, torch.zeros((), device=device), fused=True, **options)
@@ -1080,7 +1099,7 @@ class Agent(nn.Module):
 
     def noise(self, stage, batch_size, seed):
         """All random numbers of an update, the same in all processes: for the tokenizer shift (B,), for the dynamics
-        masked (B, T, N), corrupt (B, T, N) and ids (B, T, N) that replace corrupt ones; restart (codes,)."""
+        masked (B, T, N), corrupt (B, T, N), ids (B, T, N) that replace corrupt ones, shift (B, 2); restart (codes,)."""
         args, device = self.args, self.device
         generator = torch.Generator(device).manual_seed(seed)
         rand = lambda *shape: torch.rand(*shape, generator=generator, device=device)  # noqa: E731
@@ -1089,13 +1108,12 @@ class Agent(nn.Module):
             shift = torch.where(rand(B) < args.window_shift, (rand(B) * T).long(), 0)
             return {"shift": shift, "restart": rand(args.num_codes)}
         masked = rand(B, T, N) < 0.5 + 0.5 * rand(B, 1, 1)  # p. 5: a rate between 0.5 and 1
-        clean = torch.where(
-            rand(B) < args.clean_context, 1 + (rand(B) * (T - 1)).long(), 1
-        )  # the first is never masked
-        masked &= torch.arange(T, device=device)[:, None] >= clean[:, None, None]
+        clean = torch.where(rand(B) < args.clean_context, (rand(B) * (T - 1)).long(), 0)
+        masked &= torch.arange(T, device=device)[:, None] > clean[:, None, None]  # the first frame never
         corrupt = rand(B, T, N) < args.corrupt * rand(B, 1, 1)
         ids = (rand(B, T, N) * args.num_codes).long()
-        return {"masked": masked, "corrupt": corrupt, "ids": ids, "restart": rand(args.num_actions)}
+        shift = ((2 * rand(B, 2) - 1) * args.lam_shift).round().long()
+        return {"masked": masked, "corrupt": corrupt, "ids": ids, "shift": shift, "restart": rand(args.num_actions)}
 
     def update_tokenizer(self, video, noise):
         """One gradient step of the tokenizer on uint8 video (B, T, H, W, C) -> metrics by key."""
@@ -1111,12 +1129,11 @@ class Agent(nn.Module):
             with torch.no_grad():
                 ids, token_code = self.tokenizer.encode(video)  # (B, T, N)
                 patches = self.lam.patches(video, token_code)  # (B, T, P, E)
-            losses, code, used = self.lam(patches)
+            seen = patches if self.args.lam_input == "tokens" else self.lam.patches(roll(video, noise["shift"]), None)
+            losses, code, used = self.lam(patches, seen)
             code = F.pad(code if self.args.lam_grad_through_dynamics else code.detach(), (0, 0, 1, 0))  # (B, T, D)
-            masked = noise["masked"]
-            seen = torch.where(noise["corrupt"], noise["ids"], ids).masked_fill(
-                masked, self.args.num_codes
-            )  # (B, T, N)
+            masked, seen = noise["masked"], torch.where(noise["corrupt"], noise["ids"], ids)  # (B, T, N)
+            seen = seen.masked_fill(masked, self.args.num_codes)  # (B, T, N)
             logits = self.dynamics(seen, code)[0]  # (B, T, N, V)
         loss = F.cross_entropy(logits.flatten(0, 2), ids.flatten(), reduction="none").view_as(ids)  # (B, T, N)
         count = average([masked.sum().float()])[0].clamp(min=1)
@@ -1284,9 +1301,9 @@ def picture(obs):
 
 @torch.no_grad()
 def action_grid(agent, clips, prompts=3, steps=16):
-    """Video (t, rows, columns, 3): a row for each prompt, columns: the truth, its latent actions played, each code held.
+    """Video (t, rows, columns, 3), a row for each prompt: the truth, its own latent actions played, each code held.
 
-    The prompt is framed.
+    What is given is framed.
     """
     args, A = agent.args, agent.args.num_actions
     data = torch.from_numpy(clips.get(clips.some_held_out(prompts))).to(agent.device)
@@ -1515,8 +1532,8 @@ def image_keys(space):
 def record_files(args, clips):
     """Decodes the files of --video-dir and appends them to the clips, from the first that is not there yet.
 
-    Frames are taken at --fps; a new clip starts at a cut. What cannot be decoded, or is shorter than a clip, is left out
-    and counted. Yields after each frame; only whole files count as kept.
+    Frames are taken at --fps; a new clip starts at a cut. What cannot be decoded, or is shorter than a clip, is left
+    out, named and counted. Yields after each frame; only whole files are kept.
     """
     import av
 
@@ -1596,9 +1613,8 @@ def evaluate(agent, args, clips):
             "copy_accuracy": accuracy(torch.cat([ids[:, :1], ids[:, :-1]], 1) == ids, noise["masked"]),
         }
         # p. 7: how much better x_t is predicted with the inferred than with random actions
-        other = torch.cat(
-            [action[:, : c - 1], torch.randint(args.num_actions, (B, t), generator=generator).to(action)], 1
-        )
+        other = torch.randint(args.num_actions, (B, t), generator=generator).to(action)
+        other = torch.cat([action[:, : c - 1], other], 1)
         ends = [agent.rollout(ids[:, :c], a[:, : c - 1 + t], generator) for a in (action, other)]
         ends = [psnr(agent.show(end)[:, -1] / 255, truth[:, c + t - 1]) for end in ends]
         delta.append((ends[0] - ends[1]).cpu())
