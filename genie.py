@@ -577,6 +577,7 @@ class Clips:
 
     def append_from(self, count):
         """Forgets all but the first `count` frames; what is added comes after them."""
+        self.flush()
         self.count = count
         for name in self.types:
             if count:
@@ -857,7 +858,7 @@ class VQ(nn.Module):
     def centred(self, x):
         if self.mean is None:
             return x
-        return x - (average([x.detach().mean(0)])[0] if len(x) > 1 else self.mean)
+        return x - (average([x.detach().mean(0)])[0] if len(x) > 1 else self.mean[: x.shape[1]])
 
     @torch.no_grad()
     def restart(self, x, index, noise):
@@ -1514,7 +1515,7 @@ def record_env(args, clips):
             obs = envs.step(action)[0]
             clips.add(obs[images[0]], obs["is_first"] > 0, action)
             clips.keep()
-            yield args.num_envs * args.action_repeat
+            yield
     except (EOFError, ConnectionError):
         raise Interrupted("the process of an environment died") from None
     finally:
@@ -1556,7 +1557,7 @@ def record_files(args, clips):
                     cut = last is None or np.abs(image.astype(np.int16) - last).mean() > 255 * args.cut
                     clips.add(image, cut)
                     last = image
-                    yield 0
+                    yield
             if clips.count - start < args.clip_length:
                 raise ValueError(f"only {clips.count - start} frames")
         except (av.FFmpegError, IndexError, ValueError, MemoryError) as error:
@@ -1564,7 +1565,6 @@ def record_files(args, clips):
             clips.left_out += 1
             print(f"{path} is left out: {' '.join(str(error).split())}", file=sys.stderr)
         clips.keep(files=1)
-        yield 1
     if not clips.count:
         raise Failure(f"none of the {len(paths)} files in {args.video_dir} can be used")
 
@@ -1593,7 +1593,8 @@ def start_log(args, run, frame, agent, clips):
 
 @torch.no_grad()
 def evaluate(agent, args, clips):
-    """Metrics on clips that were held out; where true actions are known, whether the latent ones are them."""
+    """Metrics on clips that were held out; where true actions are known, whether the latent ones are them.
+    Changed from dreamer_v3.py: there are no returns."""
     windows, generator = clips.some_held_out(args.eval_episodes), torch.Generator().manual_seed(0)
     sums, names, delta, videos = {}, [], [], []
     c, t = max(1, args.clip_length - 4), min(4, args.clip_length - 1)
@@ -1693,9 +1694,10 @@ def train(args):
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, _: signals.append(number))
     log = start_log(args, run, frame, agent, clips) if rank == 0 else None
+    bar = None
     try:
         if not updates:
-            for _ in record(args, clips, rank, device):
+            for _ in record_video(args, clips, rank, device):
                 stop_if_asked()
                 if agree(time.time() - saved_at > args.save_every * 60, device):
                     checkpoint()
@@ -1759,6 +1761,9 @@ def train(args):
     except Interrupted as error:
         checkpoint()
         raise Failure(f"{error}; saved: --resume {run} continues") from None
+    finally:
+        if bar:
+            bar.close()
     return run
 
 
@@ -1775,20 +1780,19 @@ def source_shapes(args):
     return dict(frames=env.observation_space[images[0]].shape, actions=() if discrete else env.action_space.shape)
 
 
-def record(args, clips, rank, device):
+def record_video(args, clips, rank, device):
     """Records in the first process, for which the others wait: yields in all of them now and then, until it is done."""
     recorder, since = record_files(args, clips) if args.video_dir else record_env(args, clips), time.time()
     if rank == 0:
         clips.append_from(clips.count)
-        bar = tqdm(total=None if args.video_dir else args.total_timesteps, unit="files" if args.video_dir else "frames")
-        bar.update(clips.kept[1] if args.video_dir else clips.count * args.num_envs * args.action_repeat)
-        for amount in recorder:
-            bar.update(amount)
-            if time.time() - since > 1:
-                agree(False, device)
-                yield
-                since = time.time()
-        bar.close()
+        total, repeat = None if args.video_dir else args.total_timesteps, 1 if args.video_dir else args.action_repeat
+        with tqdm(total=total, initial=clips.count * clips.streams * repeat, unit="frames", desc="recording") as bar:
+            for _ in recorder:
+                bar.update(clips.streams * repeat)
+                if time.time() - since > 1:
+                    agree(False, device)
+                    yield
+                    since = time.time()
         clips.flush()
     while not agree(rank == 0, device):
         yield
