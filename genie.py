@@ -1266,8 +1266,8 @@ class Dream(gym.Env):
         window = self.clips.held_out[self.np_random.integers(len(self.clips.held_out))]
         video = torch.from_numpy(self.clips.get(window[None])[:, : self.agent.args.context]).to(self.agent.device)
         self.ids, self.actions = self.agent.infer(video)
-        self.steps, self.real = 0, {"image": video[0, -1].cpu().numpy()}
-        return self.observation(), {"real": self.real}
+        self.steps, self.real = 0, video[0, -1].cpu().numpy()
+        return self.observation(), {"real": {"image": self.real.copy()}}
 
     def step(self, action):
         agent, T = self.agent, self.agent.args.clip_length
@@ -1278,7 +1278,7 @@ class Dream(gym.Env):
         new = self.graph(*inputs) if inputs[0].shape[1] == T - 1 else agent.generate(*inputs)
         self.ids = torch.cat([inputs[0], new.unsqueeze(1)], 1)
         self.steps += 1
-        return self.observation(), 0.0, False, self.steps >= self.length, {"real": self.real}
+        return self.observation(), 0.0, False, self.steps >= self.length, {"real": {"image": self.real.copy()}}
 
     def observation(self):
         self.obs = {"image": self.agent.show(self.ids)[0, -1].cpu().numpy()}
