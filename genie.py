@@ -221,8 +221,8 @@ class Args:
 
 TINY, SMALL, LARGE = (2, 64, 4, 16), (4, 256, 4, 64), (20, 1024, 16, 64)
 PRESETS = {
-    "tiny": dict(env_id="Pendulum-v1", total_timesteps=8_000, num_envs=2, lam_change=True, lam_centre=True)
-    | dict(patch=8, clip_length=8, context=7, num_codes=256, num_actions=3, latent_dim=16, ffn=2)
+    "tiny": dict(env_id="Taxi-v4", total_timesteps=12_000, num_envs=2, lam_change=True, lam_centre=True, lam_shift=32)
+    | dict(patch=8, clip_length=8, context=7, num_codes=256, num_actions=6, latent_dim=16, ffn=2)
     | dict(encoder=TINY, decoder=TINY, lam_encoder=TINY, lam_decoder=TINY, dynamics=(3, 64, 4, 16))
     | dict(tokenizer_steps=1200, tokenizer_batch_size=8, tokenizer_rate=2e-3, tokenizer_warmup=100, window_shift=0.5)
     | dict(steps=1500, batch_size=16, learning_rate=2e-3, final_rate=1e-4, warmup=100, clip=1.0, clean_context=0.5)
@@ -1488,6 +1488,13 @@ def record_env(args, clips):
 
     An environment is brought back by its episode's seed and actions; if it is not deterministic, a new episode starts.
     """
+    size = args.total_timesteps // args.action_repeat * sum(map(clips.bytes, clips.types)) // clips.streams
+    free, there = shutil.disk_usage(clips.folder).free, clips.count * sum(map(clips.bytes, clips.types))
+    if size > free + there:
+        raise Failure(
+            f"the video needs {size / 1e9:.1f} GB in {clips.folder}, where {free / 1e9:.1f} GB are free: "
+            "make room, or lower --total-timesteps"
+        )
     envs = make_envs(args, args.num_envs)
     try:
         space, images = envs.single_action_space, image_keys(envs.single_observation_space)
@@ -1771,6 +1778,7 @@ def source_shapes(args):
     """Shapes of frames and of actions, as the clips hold them."""
     if args.video_dir:
         return dict(frames=(args.image_size, args.image_width or args.image_size, 3), actions=(0,))
+    os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # games that draw with SDL are to open no window
     env = make_env(args)
     images = image_keys(env.observation_space)
     if len(images) != 1:

@@ -640,6 +640,7 @@ def test_what_does_not_fit_is_refused(finished, refused, tmp_path, monkeypatch):
     assert "pixels" in refused(s, *SMALL, "--env-id", "CartPole-v1", "--obs", "state")
     assert "--context" in refused(s, *SMALL, "--context", "4")
     assert "fsq" in refused(s, *SQUARE, *SMALL, "--quantizer", "fsq", "--num-actions", "7")
+    assert "GB are free" in refused(s, *SMALL, *SQUARE[:2], "--total-timesteps", 10**13)
     assert "one image" in refused(s, *SMALL, "--env-id", "toy_envs:Mixed-v0")
     assert "not a run directory" in refused(s, "--play", tmp_path)
     (finished / "checkpoint.pt").write_bytes(saved[:1000])
