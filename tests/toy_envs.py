@@ -168,3 +168,34 @@ class Follow(gym.Env):
 
 
 gym.register("Follow-v0", Follow)
+
+
+class Square(gym.Env):
+    """A square on a ring of 4×4 places, in front of a fixed picture: goes right, left, down, up, or stays."""
+
+    metadata = {"render_modes": ["rgb_array"]}
+    render_mode = "rgb_array"
+    observation_space = spaces.Box(0, 255, (16, 16, 3), np.uint8)
+    action_space = spaces.Discrete(5)
+    moves = np.array([(0, 1), (0, -1), (1, 0), (-1, 0), (0, 0)])
+    background = np.random.default_rng(0).integers(0, 100, (16, 16, 3), np.uint8)
+
+    def __init__(self, render_mode=None):
+        pass
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.place, self.count = self.np_random.integers(0, 4, 2), 0
+        return self.render(), {}
+
+    def step(self, action):
+        self.place, self.count = (self.place + self.moves[action]) % 4, self.count + 1
+        return self.render(), 0.0, False, self.count == 100, {}
+
+    def render(self):
+        image, (row, column) = self.background.copy(), 4 * self.place
+        image[row : row + 4, column : column + 4] = (250, 200, 50)
+        return image
+
+
+gym.register("Square-v0", Square)
