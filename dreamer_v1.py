@@ -543,6 +543,9 @@ class Replay:
                 "make room, or lower --replay-size or --total-timesteps"
             )
         self.arrays = {key: self.open(f"{folder}/{key}.npy", *space) for key, space in spaces.items()}
+        path = f"{folder}/written.npy"  # steps ever written: when the process was killed, more than were saved
+        mode = dict(mode="r+") if os.path.exists(path) else dict(mode="w+", dtype=np.int64, shape=())
+        self.written = np.lib.format.open_memmap(path, **mode)
 
     def open(self, path, shape, dtype):
         shape = (self.capacity, self.num_envs, *shape)
@@ -576,6 +579,7 @@ class Replay:
         for key, array in self.arrays.items():
             array[self.count % self.capacity] = step[key]
         self.count += 1
+        self.written[...] = max(self.written, self.count)
         self.index(self.count - 1, step["is_first"])
 
     def index(self, step, is_first):
@@ -588,7 +592,11 @@ class Replay:
 
     def complete(self):
         """Episodes (n, 3) of which nothing has been overwritten."""
-        return self.episodes[self.episodes[:, 0] >= self.count - self.capacity]
+        return self.episodes[self.episodes[:, 0] >= self.oldest()]
+
+    def oldest(self):
+        """First step that has not been overwritten."""
+        return max(0, max(self.count, int(self.written)) - self.capacity)
 
     def __len__(self):
         """Number of sequences that can be sampled."""
@@ -627,7 +635,7 @@ class Replay:
     def load_state_dict(self, state):
         self.count = state["count"]
         self.reserved = min(self.count, self.capacity)
-        steps = np.arange(max(0, self.count - self.capacity), self.count)
+        steps = np.arange(self.oldest(), self.count)
         is_first = self.arrays["is_first"][steps % self.capacity]
         for row in np.flatnonzero(is_first.any(1)):
             self.index(steps[row], is_first[row])

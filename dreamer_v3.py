@@ -562,6 +562,9 @@ class Replay:
                 "make room, or lower --replay-size or --total-timesteps"
             )
         self.arrays = {key: self.open(f"{folder}/{key}.npy", *space) for key, space in spaces.items()}
+        path = f"{folder}/written.npy"  # steps ever written: when the process was killed, more than were saved
+        mode = dict(mode="r+") if os.path.exists(path) else dict(mode="w+", dtype=np.int64, shape=())
+        self.written = np.lib.format.open_memmap(path, **mode)
 
     def open(self, path, shape, dtype):
         shape = (self.capacity, self.num_envs, *shape)
@@ -595,18 +598,23 @@ class Replay:
         for key, array in self.arrays.items():
             array[self.count % self.capacity] = step[key]
         self.count += 1
+        self.written[...] = max(self.written, self.count)
         # each stretch of length + 1 steps is trained on once soon after it came: the online queue
         if self.count > 1 and (self.count - 1) % (self.length + 1) == 0:
             self.fresh += [[self.count - self.length - 1, env] for env in range(self.num_envs)]
 
+    def oldest(self):
+        """First step that has not been overwritten."""
+        return max(0, max(self.count, int(self.written)) - self.capacity)
+
     def __len__(self):
         """Number of sequences that can be sampled. Changed from dreamer_v2.py: [C11]"""
-        return max(0, min(self.count, self.capacity) - self.length) * self.num_envs
+        return max(0, self.count - self.oldest() - self.length) * self.num_envs
 
     def draw(self, count, rng):
         """Starts of sequences, uniformly, over the ends of episodes: (count, 2), step and stream.
         Changed from dreamer_v2.py: [C11]"""
-        steps = rng.integers(max(0, self.count - self.capacity), self.count - self.length, count)
+        steps = rng.integers(self.oldest(), self.count - self.length, count)
         return np.stack([steps, rng.integers(self.num_envs, size=count)], 1)
 
     def get(self, starts):
@@ -620,8 +628,7 @@ class Replay:
 
     def sample(self, batch_size, rng):
         """A batch, as `get` returns it: fresh sequences first. Changed from dreamer_v2.py: [C11]"""
-        oldest = max(0, self.count - self.capacity)
-        fresh, self.fresh = [x for x in self.fresh[:batch_size] if x[0] >= oldest], self.fresh[batch_size:]
+        fresh, self.fresh = [x for x in self.fresh[:batch_size] if x[0] >= self.oldest()], self.fresh[batch_size:]
         return self.get(np.concatenate([np.array(fresh, int).reshape(-1, 2), self.draw(batch_size - len(fresh), rng)]))
 
     def write(self, index, values):

@@ -151,6 +151,17 @@ def test_reopened_it_goes_on(windows, tmp_path):
     assert len(one) == 50 and again.arrays["reward"].tolist() == replay.arrays["reward"].tolist()
 
 
+def test_what_was_overwritten_before_a_kill_is_not_drawn(script, tmp_path, rng):
+    """The ring has wrapped, and steps that no checkpoint knows of have replaced the oldest ones."""
+    replay = filled(script, tmp_path, 40)
+    state = replay.state_dict()
+    fill(replay, 40, 45)
+    replay = reopened(script, tmp_path, state, 20)
+    data, _ = uniform(replay, 300, rng)
+    for (t, env), rewards in zip(starts(data), data["reward"], strict=True):
+        assert rewards.tolist() == [(t + i) * 10 + env for i in range(L)] and 25 <= t <= 40 - L
+
+
 def test_it_grows_for_a_longer_run(windows, tmp_path, rng):
     replay = filled(windows, tmp_path, 17)
     replay.flush()
