@@ -1618,8 +1618,8 @@ def save(path, state):
         raise Failure(f"cannot write {path} ({error}): make room; the checkpoint before it is kept") from None
 
 
-def load(run, device):
-    """The checkpoint of a run. Failure if it is missing, cut short or not of this script."""
+def load(run, device, resume=False):
+    """The checkpoint of a run. Failure if it is missing, cut short, not of this script, or not meant to be resumed."""
     try:
         state = torch.load(f"{run}/checkpoint.pt", map_location=device, weights_only=True)
     except FileNotFoundError:
@@ -1628,12 +1628,14 @@ def load(run, device):
         raise Failure(f"{run}/checkpoint.pt cannot be read, it is not whole ({type(error).__name__})") from None
     if not isinstance(state, dict) or state.get("script") != SCRIPT:
         raise Failure(f"{run}/checkpoint.pt is not a checkpoint of {SCRIPT}.py")
+    if resume and "_extra_state" not in state["agent"]:
+        raise Failure(f"{run} can be played and evaluated, but not resumed: it was released without its optimizer")
     return state
 
 
 def load_agent(agent, state):
     try:
-        agent.load_state_dict(state["agent"])
+        agent.load_state_dict({"_extra_state": agent.get_extra_state()} | state["agent"])
     except RuntimeError as error:
         raise Failure(f"the checkpoint is of another size: {str(error).splitlines()[-1].strip()}") from None
 
@@ -1762,7 +1764,7 @@ def train(args):
         dist.broadcast_object_list(names)
     run, state, own = names[0], None, {}
     if args.resume:
-        state = load(run, device)
+        state = load(run, device, resume=True)
         if len(state["processes"]) != world:
             raise Failure(f"{run} was trained by {len(state['processes'])} processes: resume it with as many")
         own = state["processes"][rank]

@@ -1243,8 +1243,8 @@ def save(path, state):
         raise Failure(f"cannot write {path} ({error}): make room; the checkpoint before it is kept") from None
 
 
-def load(run, device):
-    """The checkpoint of a run. Failure if it is missing, cut short or not of this script."""
+def load(run, device, resume=False):
+    """The checkpoint of a run. Failure if it is missing, cut short, not of this script, or not meant to be resumed."""
     try:
         state = torch.load(f"{run}/checkpoint.pt", map_location=device, weights_only=True)
     except FileNotFoundError:
@@ -1253,12 +1253,14 @@ def load(run, device):
         raise Failure(f"{run}/checkpoint.pt cannot be read, it is not whole ({type(error).__name__})") from None
     if not isinstance(state, dict) or state.get("script") != SCRIPT:
         raise Failure(f"{run}/checkpoint.pt is not a checkpoint of {SCRIPT}.py")
+    if resume and "_extra_state" not in state["agent"]:
+        raise Failure(f"{run} can be played and evaluated, but not resumed: it was released without its optimizer")
     return state
 
 
 def load_agent(agent, state):
     try:
-        agent.load_state_dict(state["agent"])
+        agent.load_state_dict({"_extra_state": agent.get_extra_state()} | state["agent"])
     except RuntimeError as error:
         raise Failure(f"the checkpoint is of another size: {str(error).splitlines()[-1].strip()}") from None
 
@@ -1470,7 +1472,7 @@ class Run:
             raise Failure("the stages run in one process with --num-envs workers, not under torchrun")
         name = f"{args.env_id.replace('/', '-')}__{args.exp_name}__{args.seed}__{int(time.time())}"
         self.folder = args.resume or f"{args.run_dir}/{name}"
-        state = load(self.folder, self.device) if args.resume else None
+        state = load(self.folder, self.device, resume=True) if args.resume else None
         env = make_env(args)
         try:
             env.reset(seed=args.seed)

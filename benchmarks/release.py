@@ -1,0 +1,30 @@
+"""A trained run, made small: parameters in half precision and no optimizer, enough to play and to evaluate it.
+
+    python benchmarks/release.py runs/<run> benchmarks/results/<name>
+"""
+
+import argparse
+import os
+import shutil
+
+import torch
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", help="run directory")
+    parser.add_argument("folder", help="where to put args.json, metrics.csv and the small checkpoint.pt")
+    options = parser.parse_args()
+    state = torch.load(f"{options.run}/checkpoint.pt", map_location="cpu", weights_only=True)
+    agent = {key: value for key, value in state["agent"].items() if key != "_extra_state"}
+    agent = {key: value.half() if value.dtype == torch.float32 else value for key, value in agent.items()}
+    os.makedirs(options.folder, exist_ok=True)
+    for name in ("args.json", "metrics.csv"):
+        shutil.copy(f"{options.run}/{name}", options.folder)
+    path = f"{options.folder}/checkpoint.pt"
+    torch.save({"script": state["script"], "agent": agent}, path)
+    print(f"{path}: {os.path.getsize(path) / 1e6:.2f} MB")
+
+
+if __name__ == "__main__":
+    main()
