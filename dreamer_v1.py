@@ -1,4 +1,4 @@
-"""Dreamer: Dream to Control: Learning Behaviors by Latent Imagination (Hafner et al. 2019), arXiv:1912.01603.
+"""Dreamer: Dream to Control: Learning Behaviors by Latent Imagination (Hafner et al. 2019), arXiv:1912.01603v3.
 
 Authors' code: github.com/danijar/dreamer. Where paper and code disagree, the line concerned says so.
 
@@ -679,7 +679,7 @@ def normal_loss(mean, target):
 
 
 def lambda_return(reward, cont, next_value, lmbda):
-    """λ-returns: (N, T) each -> (N, T); Eq. 6 (arXiv:1912.01603).
+    """λ-returns: (N, T) each -> (N, T); Eq. 6 (arXiv:1912.01603v3).
 
     R_t = r_t + c_t · ((1 - λ) v_t+1 + λ R_t+1), R_T = v_T.
     [C1]
@@ -844,7 +844,7 @@ def vector_input(value, space):
 
 
 class RSSM(nn.Module):
-    """Recurrent state-space model, Eq. 1 (arXiv:1912.01603): a state is deter (B, D) and stoch (B, S).
+    """Recurrent state-space model, Eq. 1 (arXiv:1912.01603v3): a state is deter (B, D) and stoch (B, S).
     Changed from planet.py: [C4]"""
 
     def __init__(self, args, embed_dim, action_dim):
@@ -960,7 +960,7 @@ class WorldModel(nn.Module):
         self.continue_head = MLP(feat_dim, 1, 3, args.units) if args.predict_continue else None
 
     def loss(self, data, start, noise):
-        """Eq. 10 (arXiv:1912.01603) -> losses (B, T) by name, that of the KL an average; deter, stoch, feat; stats.
+        """Eq. 10 (arXiv:1912.01603v3) -> losses (B, T) by name, that of the KL an average; deter, stoch, feat; stats.
 
         data: observations (B, T, ...), action, reward, is_first, is_last, is_terminal; noise (B, T, S).
         Changed from planet.py: [C3], [C7], [C10]
@@ -1042,7 +1042,7 @@ class Actor(nn.Module):
         return 5 * torch.tanh(mean / 5), F.softplus(std + math.log(math.exp(5) - 1)) + 1e-4
 
     def sample(self, policy, noise):
-        """Noise, uniform (..., 1) or normal (..., A) -> action (..., A); Eq. 3 (arXiv:1912.01603)."""
+        """Noise, uniform (..., 1) or normal (..., A) -> action (..., A); Eq. 3 (arXiv:1912.01603v3)."""
         if self.discrete:
             return sample_onehot(policy[0].exp(), noise)
         return torch.tanh(policy[0] + policy[1] * noise)
@@ -1087,7 +1087,8 @@ class Behaviour(nn.Module):
     def loss(self, world_model, deter, stoch, noise):
         """Losses of actor and critic (N, L) by name; stats.
 
-        Eq. 7 and 8 (arXiv:1912.01603); deter (B, T, D), stoch (B, T, S); noise: prior (N, H, S), action (N, H, 1 or A).
+        Eq. 7 and 8 (arXiv:1912.01603v3); deter (B, T, D), stoch (B, T, S); noise: prior (N, H, S), action
+        (N, H, 1 or A).
         """
         args = self.args
         imag_feat, imag_action, reward, cont = self.sequences(world_model, deter, stoch, noise)

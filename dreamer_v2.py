@@ -1,4 +1,4 @@
-"""DreamerV2: Mastering Atari with Discrete World Models (Hafner et al. 2020), arXiv:2010.02193.
+"""DreamerV2: Mastering Atari with Discrete World Models (Hafner et al. 2020), arXiv:2010.02193v4.
 
 Authors' code: github.com/danijar/dreamerv2 at 07d906e. Where paper and code disagree, the line concerned says so.
 
@@ -716,7 +716,7 @@ def normal_loss(mean, target):
 
 
 def lambda_return(reward, cont, next_value, lmbda):
-    """λ-returns: (N, T) each -> (N, T); Eq. 4 (arXiv:2010.02193).
+    """λ-returns: (N, T) each -> (N, T); Eq. 4 (arXiv:2010.02193v4).
 
     R_t = r_t + c_t · ((1 - λ) v_t+1 + λ R_t+1), R_T = v_T.
     Changed from dreamer_v1.py: [C5]
@@ -896,7 +896,7 @@ def vector_input(value, space):
 
 
 class RSSM(nn.Module):
-    """Recurrent state-space model, Eq. 1 (arXiv:2010.02193): a state is deter (B, D) and stoch (B, S, K).
+    """Recurrent state-space model, Eq. 1 (arXiv:2010.02193v4): a state is deter (B, D) and stoch (B, S, K).
     Changed from dreamer_v1.py: [C1], [C3]"""
 
     def __init__(self, args, embed_dim, action_dim):
@@ -1031,7 +1031,7 @@ class WorldModel(nn.Module):
         self.continue_head = MLP(feat_dim, 1, 4, args.units, args.layer_norm) if args.predict_continue else None
 
     def loss(self, data, start, noise):
-        """Eq. 2 (arXiv:2010.02193) -> losses (B, T) by name, that of the KL an average; deter, stoch, feat; stats.
+        """Eq. 2 (arXiv:2010.02193v4) -> losses (B, T) by name, that of the KL an average; deter, stoch, feat; stats.
 
         data: observations (B, T, ...), action, reward, is_first, is_last, is_terminal; noise (B, T, S, 1).
         Changed from dreamer_v1.py: [C1], [C2]
@@ -1186,7 +1186,7 @@ class Behaviour(nn.Module):
     def loss(self, world_model, data, deter, stoch, feat, noise):
         """Losses of actor (N, L) and critic (N, H) by name; stats.
 
-        Eq. 4 to 6 (arXiv:2010.02193); data as for the world model; deter (B, T, D), stoch (B, T, S, K), feat
+        Eq. 4 to 6 (arXiv:2010.02193v4); data as for the world model; deter (B, T, D), stoch (B, T, S, K), feat
         (B, T, F); noise: prior (N, H, S, 1), action (N, R, 1 or A).
         Changed from dreamer_v1.py: [C5], [C6], [C7]
         """

@@ -221,7 +221,7 @@ def parse_args(argv=None):
             raise Failure(f"{run} was started with other values of {fixed}: they cannot change on --resume")
     else:
         preset = PRESETS.get(suite(args.env_id), {})
-        args = cli(dataclasses.replace(Args(), **preset | REPEATS.get(args.env_id, {})))
+        args = cli(dataclasses.replace(Args(), **preset | REPEATS.get(args.env_id.replace("ball_in_", ""), {})))
     if args.image_size != 64:
         raise Failure(f"--image-size {args.image_size}: the convolutions are made for 64")
     most = {"bits": 8, "elites": args.candidates, "overshooting_distance": args.batch_length}

@@ -37,11 +37,12 @@ def published(args):
         data = json.load(file)
     suite, _, task = args["env_id"].partition("-")
     task = task.replace("-", "_")
-    kind = ("dmc_proprio" if args["obs"] == "state" else "dmc_vision") if suite == "dmc" else suite
-    for tasks in (data.get(kind, {}), data):
-        for name in (f"{suite}_{task}", task):
-            if isinstance(tasks.get(name), dict):
-                return {int(frame): values for frame, values in tasks[name].items()}
+    vision = "dmc_vision", "curves"
+    kinds = dict(dmc=("dmc_proprio",) if args["obs"] == "state" else vision, atari=("atari_all11", "atari57"))
+    for kind in kinds.get(suite, (suite,)):
+        for name in (f"{suite.removesuffix('100k')}_{task}", task):
+            if isinstance(data.get(kind, {}).get(name), dict):
+                return {int(frame): values for frame, values in data[kind][name].items()}
     return {}
 
 

@@ -544,7 +544,7 @@ def test_schedule():
         script.updates_due(args, 2000, None, ready=False)
 
 
-REPEATS = [("cartpole-swingup", 8), ("cup-catch", 4), ("walker-walk", 2), ("fish-swim", 2)]
+REPEATS = [("cartpole-swingup", 8), ("cup-catch", 4), ("ball_in_cup-catch", 4), ("walker-walk", 2), ("fish-swim", 2)]
 
 
 @pytest.mark.parametrize("task, repeat", REPEATS)
