@@ -224,7 +224,7 @@ PRESETS = {  # by the first word of --env-id, then by that word and --quick
         total_timesteps=2_000_000, action_repeat=4, rollouts=60, policy="brown", vae_updates=1000, vae_batch_size=32,
         vae_rate=1e-3, vae_decay=0.997, deter=64, rnn_updates=400, batch_size=16, batch_length=64, generations=60,
         population=32, candidate_rollouts=1, sample_latent=False, patience=25, eval_generations=10, eval_episodes=10,
-        log_every=100,
+        dream_length=250, log_every=100,
     ),
     "vizdoomtakecover": dict(
         total_timesteps=100_000_000, num_envs=CORES, time_limit=2100, image_size=96, crop=5 / 6, policy="held",
@@ -1724,9 +1724,8 @@ def evolve(run):
             mean = torch.tensor(es.result.xfavorite, dtype=torch.float32, device=run.device)
             row = {"charts/generation": generation + 1, "charts/fitness_mean": fitness.mean()}
             row |= {"charts/fitness_best": fitness.max(), "stats/sigma": es.sigma}
-            if args.train_controller_in == "dream":
-                again = dream_returns(agent, mean[None], dream_starts(run, 64), args.dream_length)
-                row |= {"charts/dream_return": again.item()}
+            again = dream_returns(agent, mean[None], dream_starts(run, 64), args.dream_length)
+            row |= {"charts/dream_return": again.item()}
             last = generation + 1 == args.generations or at["frames"] + frames >= args.total_timesteps
             if args.eval_every and args.eval_episodes and ((generation + 1) % args.eval_generations == 0 or last):
                 seeds = run.seeds(2, at["iteration"], generation, count=args.eval_episodes)
