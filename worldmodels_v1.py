@@ -27,8 +27,7 @@ and c), H = D/2, C channels, W parameters of a controller. Arrays are (B, T, ...
 """
 
 import base64
-import collections
-import concurrent.futures
+import contextlib
 import csv
 import ctypes
 import dataclasses
@@ -39,6 +38,7 @@ import itertools
 import json
 import math
 import multiprocessing
+import multiprocessing.connection
 import os
 import random
 import re
@@ -46,15 +46,14 @@ import shutil
 import signal
 import sys
 import sysconfig
-import threading
 import time
 import traceback
 import urllib.parse
+import warnings
 from ctypes.util import find_library
 from dataclasses import dataclass
 from typing import Literal
 
-import cma
 import cv2
 import gymnasium as gym
 import numpy as np
@@ -225,7 +224,7 @@ PRESETS = {  # by the first word of --env-id, then by that word and --quick
         total_timesteps=2_000_000, action_repeat=4, rollouts=60, policy="brown", vae_updates=1000, vae_batch_size=32,
         vae_rate=1e-3, vae_decay=0.997, deter=64, rnn_updates=400, batch_size=16, batch_length=64, generations=60,
         population=32, candidate_rollouts=1, sample_latent=False, patience=25, eval_generations=10, eval_episodes=10,
-        log_every=100,
+        dream_length=250, log_every=100,
     ),
     "vizdoomtakecover": dict(
         total_timesteps=100_000_000, num_envs=CORES, time_limit=2100, image_size=96, crop=5 / 6, policy="held",
@@ -1013,7 +1012,7 @@ class Agent(nn.Module):
 
     def policy(self, deter, stoch, params=None):
         """The controller's outputs (E, U), with its own parameters or others."""
-        params = self.behaviour.params if params is None else params
+        params = torch.as_tensor(self.behaviour.params if params is None else params)
         return self.behaviour(params.unsqueeze(0), deter.unsqueeze(0), stoch.unsqueeze(0)).squeeze(0)
 
     def env_action(self, action):
@@ -1343,34 +1342,12 @@ class Undrawn(gym.Wrapper):
         return obs, total, terminated, truncated, info
 
 
-WORKER = {}  # what a worker process holds: environment and agent
-
-
-def start_worker(args, weights):
-    """A worker process: an environment, an agent and one thread; it ends with the main process.
-
-    Environments may have processes of their own, as VizDoom's has, which closing ends.
-    """
-    torch.set_num_threads(1)
-    args = dataclasses.replace(args, compile=False)
-    env = make_env(args)
-    if suite(args.env_id) == "carracing" and args.action_repeat > 1:
-        env.env.env, env.env.repeat = Undrawn(env.env.env, args.action_repeat), 1
-    agent = Agent(args, env.observation_space.spaces, env.action_space)
-    agent.load_state_dict(weights, strict=False)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # which the whole group gets
-    signal.signal(signal.SIGTERM, lambda *_: (env.close(), os._exit(0)))
-    parent, pid = multiprocessing.parent_process(), os.getpid()
-    threading.Thread(target=lambda: (parent.join(), os.kill(pid, signal.SIGTERM)), daemon=True).start()
-    WORKER.update(env=env, agent=agent)
-
-
-def rollout(job):
+def rollout(env, agent, job, left):
     """An episode in a worker process -> return, decisions, and what `job` asks for: steps to keep, pictures.
 
     job: seed, policy ("agent", "brown", "held" or "controller"); params, noise, patience, keep, film if they differ.
+    `left` tells whether the main process waits no longer.
     """
-    env, agent = WORKER["env"], WORKER["agent"]
     rng, size = np.random.default_rng(job["seed"]), agent.behaviour.outputs
     torch.manual_seed(job["seed"])
     params, noise, t, hold, output = job.get("params"), job.get("noise", 0.0), 0, 1, torch.zeros(1, size)
@@ -1400,7 +1377,7 @@ def rollout(job):
         if job.get("keep"):
             step = dict(image=agent.world_model.frame(tensors)[0].numpy(), action=carry[2][0].numpy(), reward=reward)
             steps.append(step | {key: bool(obs[key]) for key in FLAGS})
-        if obs["is_last"] or idle >= (job.get("patience") or math.inf):
+        if obs["is_last"] or idle >= (job.get("patience") or math.inf) or left():
             break
         carry = agent.act(tensors, carry, policy)
         obs, reward, *_ = env.step(agent.env_action(carry[2])[0])
@@ -1411,47 +1388,85 @@ def rollout(job):
     return dict(total=total, length=t, steps=steps, film=film)
 
 
+def work(pipe, args, weights):
+    """A worker process: an environment, an agent and one thread; it ends once the main process has closed the pipe.
+
+    Signals, which the whole group gets, are for the main process. Environments may have processes of their own, as
+    VizDoom's has, which closing ends.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    torch.set_num_threads(1)
+    args = dataclasses.replace(args, compile=False)
+    env = make_env(args)
+    if suite(args.env_id) == "carracing" and args.action_repeat > 1:
+        env.env.env, env.env.repeat = Undrawn(env.env.env, args.action_repeat), 1
+    agent = Agent(args, env.observation_space.spaces, env.action_space)
+    agent.load_state_dict(weights, strict=False)
+    with contextlib.suppress(EOFError, OSError), contextlib.closing(env):
+        while True:
+            job = pipe.recv()
+            try:
+                result = rollout(env, agent, job, pipe.poll)
+            except Failure as failure:
+                result = failure
+            except Exception as error:
+                traceback.print_exc()
+                text = " ".join(str(error).split())
+                result = Interrupted(f"an environment raised {type(error).__name__}: {text}")
+            pipe.send(result)
+
+
 class Workers:
-    """`num_envs` worker processes that act with the agent as it is now; a signal ends the wait for them."""
+    """`num_envs` worker processes that act with the agent as it is now; a signal ends the wait for them.
+
+    Each has a pipe of its own, so that one that dies, at whatever moment, leaves nothing locked or half read.
+    """
 
     def __init__(self, args, agent, signals=()):
-        # forked from a clean process, which has the imports that take long
-        multiprocessing.set_forkserver_preload(["cma", "cv2", "gymnasium", "torch.utils.tensorboard", "tyro"])
+        self.signals, self.processes = signals, {}
         weights = {key: value.cpu() for key, value in agent.state_dict().items() if torch.is_tensor(value)}
-        self.ahead, self.signals = 4 * args.num_envs, signals
-        self.pool = concurrent.futures.ProcessPoolExecutor(
-            args.num_envs, multiprocessing.get_context("forkserver"), start_worker, (args, weights)
-        )
+        # forked from a clean process, which has the imports that take long
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["cv2", "gymnasium", "torch._dynamo", "torch.utils.tensorboard", "tyro"])
+        for _ in range(args.num_envs):
+            pipe, theirs = context.Pipe()
+            self.processes[pipe] = context.Process(target=work, args=(theirs, args, weights))
+            self.processes[pipe].start()
+            theirs.close()
 
     def __enter__(self):
         return self
 
     def __exit__(self, *_):
-        for process in list((self.pool._processes or {}).values()):
-            process.terminate()
-        self.pool.shutdown(cancel_futures=True)
+        for pipe in self.processes:
+            pipe.close()
+        for process in self.processes.values():
+            process.join(10)
+            process.kill()
 
     def results(self, jobs):
-        """What the rollouts of the jobs return, in order; a few jobs ahead."""
-        jobs, pending = iter(jobs), collections.deque()
-        while True:
-            pending.extend(self.pool.submit(rollout, job) for job in itertools.islice(jobs, self.ahead - len(pending)))
-            if not pending:
-                return
-            while not (pending[0].done() or self.signals):
-                concurrent.futures.wait([pending[0]], timeout=0.5)
-            if self.signals:
-                raise KeyboardInterrupt
-            try:
-                yield pending.popleft().result()
-            except concurrent.futures.process.BrokenProcessPool:
-                raise Interrupted("the process of an environment died") from None
-            except Failure:
-                raise
-            except Exception as error:
-                traceback.print_exc()
-                text = " ".join(str(error).split())
-                raise Interrupted(f"an environment raised {type(error).__name__}: {text}") from None
+        """What the rollouts of the jobs return, in order."""
+        jobs, idle, busy, done = enumerate(jobs), list(self.processes), {}, {}
+        for turn in itertools.count():
+            while turn not in done:
+                try:
+                    while idle and (job := next(jobs, None)):
+                        busy[idle[-1]] = job[0]
+                        idle.pop().send(job[1])
+                    for pipe in multiprocessing.connection.wait(busy, timeout=0.5):
+                        done[busy[pipe]] = pipe.recv()
+                        idle.append(pipe)
+                        del busy[pipe]
+                except (EOFError, OSError):
+                    raise Interrupted("the process of an environment died") from None
+                if self.signals:
+                    raise KeyboardInterrupt
+                if not busy and turn not in done:
+                    return
+            if isinstance(done[turn], Failure):
+                raise done[turn]
+            yield done.pop(turn)
 
     def evaluate(self, seeds, params=None, film=False):
         """Returns of whole episodes with these seeds, and the pictures of the first."""
@@ -1679,6 +1694,9 @@ def evolve(run):
     environment or, without evaluations, the last one.
     """
     args, agent, at, memory = run.args, run.agent, run.at, run.memory
+    warnings.filterwarnings("ignore", "Could not import matplotlib")  # which cma misses at once, and we never
+    import cma
+
     start = memory.setdefault("mean", agent.behaviour.params.clone())
     costs = memory.setdefault("costs", [])
     memory.setdefault("best", -math.inf)
@@ -1692,14 +1710,14 @@ def evolve(run):
             candidates, frames = es.ask(), 0
             seed, *seeds = run.seeds(1, at["iteration"], generation, count=1 + args.candidate_rollouts)
             torch.manual_seed(seed)  # so that a generation that was cut short can be done again
-            params = torch.tensor(np.array(candidates), dtype=torch.float32, device=run.device)
+            params = np.array(candidates, np.float32)
             if args.train_controller_in == "dream":
-                fitness = dream_returns(agent, params, dream_starts(run, args.candidate_rollouts), args.dream_length)
-                fitness = fitness.cpu().numpy()
+                params, starts = torch.as_tensor(params, device=run.device), dream_starts(run, args.candidate_rollouts)
+                fitness = dream_returns(agent, params, starts, args.dream_length).cpu().numpy()
             else:
                 jobs = [
                     dict(policy="controller", seed=seed, params=x, patience=args.patience)
-                    for x in params.cpu() for seed in seeds
+                    for x in params for seed in seeds
                 ]  # fmt: skip
                 done = list(workers.results(jobs))
                 fitness = np.array([x["total"] for x in done]).reshape(len(params), -1).mean(1)
@@ -1708,13 +1726,12 @@ def evolve(run):
             mean = torch.tensor(es.result.xfavorite, dtype=torch.float32, device=run.device)
             row = {"charts/generation": generation + 1, "charts/fitness_mean": fitness.mean()}
             row |= {"charts/fitness_best": fitness.max(), "stats/sigma": es.sigma}
-            if args.train_controller_in == "dream":
-                again = dream_returns(agent, mean[None], dream_starts(run, 64), args.dream_length)
-                row |= {"charts/dream_return": again.item()}
+            again = dream_returns(agent, mean[None], dream_starts(run, 64), args.dream_length)
+            row |= {"charts/dream_return": again.item()}
             last = generation + 1 == args.generations or at["frames"] + frames >= args.total_timesteps
             if args.eval_every and args.eval_episodes and ((generation + 1) % args.eval_generations == 0 or last):
                 seeds = run.seeds(2, at["iteration"], generation, count=args.eval_episodes)
-                returns, film = workers.evaluate(seeds, mean.cpu(), args.capture_video)
+                returns, film = workers.evaluate(seeds, mean.cpu().numpy(), args.capture_video)
                 row |= {"eval/episodic_return": returns.mean(), "eval/episodic_return_std": returns.std()}
                 if returns.mean() > memory["best"]:
                     memory["best"] = float(returns.mean())

@@ -1,12 +1,16 @@
 """worldmodels_v1.py against recordings of the authors' code (tests/golden/worldmodels/README.md), and its stages."""
 
 import base64
+import faulthandler
 import io
 import json
+import multiprocessing
 import os
 import re
 import signal
 import subprocess
+import time
+import types
 import urllib.request
 from pathlib import Path
 
@@ -504,9 +508,47 @@ def test_keys_of_car_racing():
 DREAMT = "--train-controller-in dream --dream-length 8 --dream-context 2"
 
 
-def whole_run(folder, *flags, code=0, patch=None, **env):
-    args = ["--env-id", "toy_envs:Image-v0", "--num-envs", 2, "--iterations", 2, *tiny(script), "--log-every", 5]
-    return run_script(script, *args, *flags, cwd=folder, code=code, patch=patch, timeout=400, **env)
+RUN = ["--env-id", "toy_envs:Image-v0", "--num-envs", 2, "--iterations", 2, *tiny(script), "--log-every", 5]
+EVALUATED = ("--eval-every", 1, "--eval-episodes", 2)
+
+
+def start(args, folder, patch):
+    """A process that runs the script as a user does, but for the imports, which the process it is forked from has."""
+    os.chdir(folder)
+    for number, name in ((1, "stdout"), (2, "stderr")):
+        os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+    faulthandler.dump_traceback_later(280)
+    exec(patch or "", dict(s=script))
+    script.main([str(arg) for arg in args])
+
+
+@pytest.fixture(scope="session")
+def forkserver():
+    """The process that runs and their workers are forked from."""
+    before, context = os.environ.copy(), multiprocessing.get_context("forkserver")
+    os.environ |= environment(TROUBLE="1")
+    context.set_forkserver_preload([__name__, "cma", "torch._dynamo"])
+    multiprocessing.forkserver.ensure_running()
+    os.environ.clear()
+    os.environ |= before
+    return context
+
+
+@pytest.fixture
+def run_forked(forkserver):
+    """`run_script` without the time that imports take."""
+
+    def call(*args, cwd, code=0, patch=None):
+        process = forkserver.Process(target=start, args=(args, cwd, patch))
+        process.start()
+        process.join(300)
+        process.kill()
+        process.join()
+        out, err = (Path(cwd, name).read_text() for name in ("stdout", "stderr"))
+        assert process.exitcode == code, f"exit code {process.exitcode}\n{out}\n{err}"
+        return types.SimpleNamespace(stdout=out, stderr=err)
+
+    return call
 
 
 @pytest.fixture(scope="module")
@@ -517,7 +559,8 @@ def whole(tmp_path_factory):
     def get(*flags):
         if flags not in runs:
             folder = tmp_path_factory.mktemp("whole")
-            whole_run(folder, *flags)
+            result = run_script(script, *RUN, *EVALUATED, *flags, cwd=folder, timeout=400)
+            assert "Warning" not in result.stderr
             runs[flags] = only_run(folder)
         return runs[flags]
 
@@ -525,12 +568,13 @@ def whole(tmp_path_factory):
 
 
 STOP = """
-import os, signal
+import multiprocessing, os, signal
 whole = s.Run.advance
 def advance(self, *args, **more):
     at = self.at["iteration"], s.STAGES[self.at["stage"]], self.at["done"]
     whole(self, *args, **more)
     if at == {at}:
+        print(*(process.pid for process in multiprocessing.active_children()), flush=True)
         os.kill(os.getpid(), signal.{signal})
 s.Run.advance = advance
 """
@@ -550,19 +594,44 @@ s.Run.advance = advance
         ((1, "evolve", 1), "SIGTERM", DREAMT),
     ],
 )
-def test_a_stage_that_was_stopped_goes_on_exactly(whole, tmp_path, at, number, flags):
-    killed = number == "SIGKILL"
-    flags = [*flags.split(), "--eval-every", 1, "--eval-episodes", 2]
+def test_a_stage_that_was_stopped_goes_on_exactly(whole, run_forked, tmp_path, at, number, flags):
+    killed, flags = number == "SIGKILL", flags.split()
     code = -signal.SIGKILL if killed else 128 + getattr(signal, number)
     more = ["--save-every", 0] * killed
-    result = whole_run(tmp_path, *flags, *more, code=code, patch=STOP.format(at=at, signal=number))
+    patch = STOP.format(at=at, signal=number)
+    *_, workers, line = run_forked(*RUN, *EVALUATED, *flags, *more, cwd=tmp_path, code=code, patch=patch)\
+        .stdout.splitlines() + [""] * killed  # fmt: skip
     run = only_run(tmp_path)
-    if not killed:
-        assert f"--resume runs/{run.name}" in result.stdout.splitlines()[-1]
+    assert killed or f"--resume runs/{run.name}" in line
+    assert len(workers.split()) == 2 * (at[1] in ("collect", "evolve"))
+    limit = time.time() + 20
+    while any(Path(f"/proc/{pid}").exists() for pid in workers.split()):
+        assert time.time() < limit, "worker processes outlive the main process"
+        time.sleep(0.01)
     state = checkpoint(run)["at"]
     assert (state["iteration"], script.STAGES[state["stage"]]) == at[:2]
-    run_script(script, "--resume", run, cwd=tmp_path, timeout=400)
+    run_forked("--resume", run, cwd=tmp_path)
     same_runs(whole(*flags), run)
+
+
+def test_workers_can_be_left_at_any_moment(forkserver):
+    """Also while they write what nobody reads any more."""
+    args = script.parse_args([str(arg) for arg in RUN])
+    env = script.make_env(args)
+    agent = script.Agent(args, env.observation_space.spaces, env.action_space)
+
+    def late(*_):
+        raise TimeoutError
+
+    signal.signal(signal.SIGALRM, late)
+    for trial in range(8):
+        signal.alarm(60)
+        with script.Workers(args, agent) as workers:
+            results = workers.results(dict(policy="held", seed=seed, keep=True) for seed in range(99))
+            assert [next(results)["total"] for _ in range(2)] == [210, 210]
+            time.sleep(trial / 200)
+        signal.alarm(0)
+        assert all(process.exitcode == 0 for process in workers.processes.values())
 
 
 def same_runs(one, two):
@@ -576,32 +645,32 @@ def same_runs(one, two):
         assert np.array_equal(a, b), name
 
 
-def test_what_is_there_is_not_done_again_and_generations_can_be_added(whole, tmp_path):
+def test_what_is_there_is_not_done_again_and_generations_can_be_added(whole, run_forked, tmp_path):
     run = tmp_path / "run"
-    subprocess.run(["cp", "-r", whole("--eval-every", 1, "--eval-episodes", 2), run], check=True)
+    subprocess.run(["cp", "-r", whole(), run], check=True)
     before, rows = checkpoint(run), len(metrics(run))
-    run_script(script, "--resume", run, cwd=tmp_path, timeout=400)
+    run_forked("--resume", run, cwd=tmp_path)
     same(before, checkpoint(run))
     assert len(metrics(run)) == rows
-    run_script(script, "--resume", run, "--generations", 5, cwd=tmp_path, timeout=400)
+    run_forked("--resume", run, "--generations", 5, cwd=tmp_path)
     after = checkpoint(run)
     assert after["at"]["done"] == 5 and after["at"]["iteration"] == 1
     assert all(torch.equal(value, after["agent"][key]) for key, value in before["agent"].items() if "encoder" in key)
 
 
 @pytest.mark.parametrize("trouble, words", [("Raise", "the robot fell"), ("Nan", "reward nan"), ("Exit", "died")])
-def test_trouble_in_an_environment(trouble, words, tmp_path):
+def test_trouble_in_an_environment(trouble, words, run_forked, tmp_path):
     (tmp_path / "go").touch()
     flags = ["--env-id", f"toy_envs:{trouble}Image-v0", *tiny(script)]
-    result = run_script(script, *flags, cwd=tmp_path, code=2, timeout=400, TROUBLE="1")
+    result = run_forked(*flags, cwd=tmp_path, code=2)
     line = [x for x in result.stderr.splitlines() if x.startswith("worldmodels_v1.py: ")][-1]
     assert words in line and "--resume" in line
     (tmp_path / "go").unlink()
-    run_script(script, "--resume", only_run(tmp_path), cwd=tmp_path, timeout=400)
+    run_forked("--resume", only_run(tmp_path), cwd=tmp_path)
     assert checkpoint(only_run(tmp_path))["at"]["done"] == 3
 
 
-def test_a_loss_that_is_not_finite(tmp_path):
+def test_a_loss_that_is_not_finite(run_forked, tmp_path):
     patch = """
 whole = s.Agent.update_vae
 def broken(self, image, update):
@@ -609,7 +678,7 @@ def broken(self, image, update):
     return whole(self, image, update)
 s.Agent.update_vae = broken
 """
-    result = whole_run(tmp_path, "--save-every", 0, code=2, patch=patch)
+    result = run_forked(*RUN, "--save-every", 0, cwd=tmp_path, code=2, patch=patch)
     line = [x for x in result.stderr.splitlines() if x.startswith("worldmodels_v1.py: ")][-1]
     assert "losses/" in line and "train_vae 3" in line
     state = checkpoint(only_run(tmp_path))
@@ -624,8 +693,8 @@ s.Agent.update_vae = broken
         ("import os\ndef full(*_): raise OSError(28, 'No space left')\nos.posix_fallocate = full", "No space"),
     ],
 )  # fmt: skip
-def test_no_room(patch, word, tmp_path):
-    line = whole_run(tmp_path, code=2, patch=patch).stderr.splitlines()[-1]
+def test_no_room(patch, word, run_forked, tmp_path):
+    line = run_forked(*RUN, cwd=tmp_path, code=2, patch=patch).stderr.splitlines()[-1]
     assert line.startswith("worldmodels_v1.py: ") and word in line
 
 
@@ -642,18 +711,19 @@ def test_no_room(patch, word, tmp_path):
 )
 def test_what_cannot_be_is_refused(refused, monkeypatch, tmp_path, flags, word):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(script.importlib.util, "find_spec", lambda name: None)
+    find = script.importlib.util.find_spec
+    monkeypatch.setattr(script.importlib.util, "find_spec", lambda name: None if name == "vizdoom" else find(name))
     assert word in refused(script, *tiny(script), *flags.split())
 
 
-def test_too_few_steps_for_a_batch(tmp_path):
-    line = whole_run(tmp_path, "--batch-length", 99, code=2).stderr.splitlines()[-1]
+def test_too_few_steps_for_a_batch(run_forked, tmp_path):
+    line = run_forked(*RUN, "--batch-length", 99, cwd=tmp_path, code=2).stderr.splitlines()[-1]
     assert "--batch-length 99" in line
 
 
 def test_run_directories_that_do_not_fit(whole, refused, tmp_path):
     run = tmp_path / "run"
-    subprocess.run(["cp", "-r", whole("--eval-every", 1, "--eval-episodes", 2), run], check=True)
+    subprocess.run(["cp", "-r", whole(), run], check=True)
     for flag in ("--stoch 8", "--iterations 3", "--env-id CartPole-v1", "--sigma 1"):
         assert "cannot change" in refused(script, "--resume", run, *flag.split())
     (run / "replay/reward.npy").unlink()
@@ -667,7 +737,7 @@ def test_run_directories_that_do_not_fit(whole, refused, tmp_path):
 
 
 def test_evaluate(whole):
-    run = whole("--eval-every", 1, "--eval-episodes", 2)
+    run = whole()
     out = run_script(script, "--evaluate", run, "--eval-episodes", 3, "--capture-video", cwd=run).stdout
     assert "toy_envs:Image-v0: 210.00 ± 0.00 over 3 episodes, 90 % interval of the mean 210.00 to 210.00" in out
     assert (run / "videos/evaluate.mp4").exists()  # 1 + 2 + ... + 20
@@ -676,7 +746,7 @@ def test_evaluate(whole):
 
 
 def test_the_page(whole):
-    run = whole("--eval-every", 1, "--eval-episodes", 2)
+    run = whole()
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     process = subprocess.Popen(command(script, "--play", run), cwd=run, env=environment(), **pipes)
     url = re.search(r"http://127\.0\.0\.1:\d+", process.stdout.readline())[0]
