@@ -170,11 +170,11 @@ class Args:
     lam_input: Literal["pixels", "tokens"] = "pixels"
     """what the LAM sees and predicts; tokens are the paper's ablation"""
     lam_change: bool = False
-    """show the LAM's encoder how each frame differs from the one before, too"""
+    """show the LAM's encoder only how two frames differ, so that codes cannot name what happened before"""
     lam_centre: bool = False
     """take its batch mean from what is matched to the latent actions, so that they cannot all be the same"""
     lam_shift: int = 0
-    """largest shift, in pixels, of what the LAM's encoder sees: its code then names moves, for it cannot name places"""
+    """show its encoder each clip shifted by a random multiple of so many pixels, so that codes cannot name places"""
     lam_grad_through_dynamics: bool = False
     """let the dynamics' loss reach the LAM's encoder"""
     action_input: Literal["add", "token"] = "add"
@@ -221,12 +221,12 @@ class Args:
 
 TINY, SMALL, LARGE = (2, 64, 4, 16), (4, 256, 4, 64), (20, 1024, 16, 64)
 PRESETS = {
-    "tiny": dict(env_id="Taxi-v4", total_timesteps=12_000, num_envs=2, lam_change=True, lam_centre=True, lam_shift=32)
-    | dict(patch=8, clip_length=8, context=7, num_codes=256, num_actions=6, latent_dim=16, ffn=2)
+    "tiny": dict(env_id="Pond-v0", total_timesteps=8000, image_size=32, patch=8, clip_length=8, context=7)
+    | dict(num_codes=256, num_actions=5, latent_dim=16, ffn=2, lam_change=True, lam_centre=True, lam_shift=8)
     | dict(encoder=TINY, decoder=TINY, lam_encoder=TINY, lam_decoder=TINY, dynamics=(3, 64, 4, 16))
-    | dict(tokenizer_steps=1200, tokenizer_batch_size=8, tokenizer_rate=2e-3, tokenizer_warmup=100, window_shift=0.5)
-    | dict(steps=1500, batch_size=16, learning_rate=2e-3, final_rate=1e-4, warmup=100, clip=1.0, clean_context=0.5)
-    | dict(maskgit_steps=8, log_every=6400, eval_every=64_000, eval_episodes=64),
+    | dict(tokenizer_steps=1000, tokenizer_batch_size=16, tokenizer_rate=2e-3, tokenizer_warmup=100, window_shift=0.5)
+    | dict(steps=1500, batch_size=32, learning_rate=2e-3, final_rate=1e-4, warmup=100, clip=1.0, clean_context=0.5)
+    | dict(maskgit_steps=8, log_every=12_800, eval_every=128_000, eval_episodes=64),
     "small": dict(env_id="atari100k-freeway", total_timesteps=400_000, action_repeat=4, num_envs=8)
     | dict(patch=8, num_actions=3, encoder=SMALL, decoder=SMALL, lam_encoder=SMALL, lam_decoder=SMALL)
     | dict(dynamics=(8, 384, 6, 64), tokenizer_steps=6000, tokenizer_batch_size=64, tokenizer_warmup=500)
@@ -556,6 +556,47 @@ def ignoring_interrupts(thunk):
 # === Replay ===========================================================================================================
 
 
+class Pond(gym.Env):
+    """A duck on a pond whose edges meet: it swims right, left, down or up by its own size, or stays. A boat passes.
+
+    The source of --preset tiny: each action shows, at once and everywhere, and all else can be predicted.
+    """
+
+    metadata = {"render_modes": ["rgb_array"]}
+    render_mode = "rgb_array"
+    observation_space, action_space = gym.spaces.Box(0, 255, (32, 32, 3), np.uint8), gym.spaces.Discrete(5)
+    moves = np.array([(0, 8), (0, -8), (8, 0), (-8, 0), (0, 0)])
+    light = cv2.resize(np.random.default_rng(0).random((5, 5)), (32, 32), interpolation=cv2.INTER_CUBIC)[..., None]
+    water = (np.array([30, 90, 150]) + np.array([20, 40, 40]) * light.clip(0, 1)).astype(np.uint8)
+    duck = "...yyy.. ..yykyoo ..yyyyo. y...yy.. yyyyyyy. yygggyy. .yyyyyy. ..yyyy..".split()
+    boat = "......w..... .....ww..... ....www..... ...wwww..... ......b..... .bbbbbbbbbb. ..bbbbbbbb..".split()
+    colours = dict(y=(250, 210, 60), g=(220, 170, 40), o=(240, 120, 30), k=(20,) * 3, w=(245,) * 3, b=(120, 70, 40))
+
+    def __init__(self, render_mode=None):
+        pass
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.count, self.place, self.sailed = 0, 8 * self.np_random.integers(4, size=2), self.np_random.integers(32)
+        return self.render(), {}
+
+    def step(self, action):
+        self.count, self.place, self.sailed = self.count + 1, self.place + self.moves[action], self.sailed + 1
+        return self.render(), 0.0, False, self.count == 200, {}
+
+    def render(self):
+        image = self.water.copy()
+        for sprite, (top, left) in ((self.boat, (10, self.sailed)), (self.duck, self.place)):
+            for row, line in enumerate(sprite, top):
+                for column, colour in enumerate(line, left):
+                    if colour != ".":
+                        image[row % 32, column % 32] = self.colours[colour]
+        return image
+
+
+gym.register("Pond-v0", Pond)
+
+
 class Clips:
     """Video on disk: frames (count, streams, H, W, C) uint8, whether a clip starts there, and the action before it.
 
@@ -832,13 +873,13 @@ def shard(module, args, device):
 class VQ(nn.Module):
     """Vector quantization (arXiv:1711.00937): codes and what is matched to them have length 1.
 
-    A code that was not used for `patience` updates is put where an output of the encoder is. With `centre`, a shape,
-    inputs (B, *centre, D) lose their mean over the batch, so that they cannot all be alike; a clip alone a running one.
+    A code that was not used for `patience` updates is put where an output of the encoder is. With `centre` inputs lose
+    their mean over the batch, so that they cannot all be alike; a clip alone loses a running mean.
     """
 
-    def __init__(self, codes, dim, commitment, patience, centre=None):
+    def __init__(self, codes, dim, commitment, patience, centre=False):
         super().__init__()
-        self.register_buffer("mean", None if centre is None else torch.zeros(*centre, dim))
+        self.register_buffer("mean", torch.zeros(dim) if centre else None)
         self.dim, self.commitment, self.patience = dim, commitment, patience
         self.codebook = nn.Parameter(F.normalize(torch.randn(codes, dim), dim=-1))
         self.register_buffer("idle", torch.zeros(codes))
@@ -858,14 +899,14 @@ class VQ(nn.Module):
     def centred(self, x):
         if self.mean is None:
             return x
-        return x - (average([x.detach().mean(0)])[0] if len(x) > 1 else self.mean[: x.shape[1]])
+        return x - (average([x.detach().flatten(0, -2).mean(0)])[0] if len(x) > 1 else self.mean)
 
     @torch.no_grad()
     def restart(self, x, index, noise):
         """After an update on x (..., D): noise (V,) chooses the rows that replace codes which have been idle."""
         used = F.one_hot(index.flatten(), len(self.idle)).sum(0).float()
         if self.mean is not None:
-            self.mean.lerp_(average([x.float().mean(0)])[0], 0.1)
+            self.mean.lerp_(average([x.float().flatten(0, -2).mean(0)])[0], 0.1)
         x = F.normalize(self.centred(x.float()), dim=-1).flatten(0, -2)
         world, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
         row = (noise * len(x) * world).long() - rank * len(x)
@@ -919,7 +960,7 @@ class FSQ(nn.Module):
         return {"perplexity": perplexity(used), "restarts": used.new_zeros(())}
 
 
-def make_quantizer(args, codes, centre=None):
+def make_quantizer(args, codes, centre=False):
     options = args.latent_dim, args.commitment, args.code_patience, centre
     return FSQ(codes) if args.quantizer == "fsq" else VQ(codes, *options)
 
@@ -993,9 +1034,8 @@ class LatentActionModel(nn.Module):
         if args.lam_input == "tokens":
             numbers, patches = tokenizer.quantizer.dim, tokenizer.tokens
         length = args.clip_length
-        self.quantizer = make_quantizer(args, args.num_actions, (length - 1,) if args.lam_centre else None)
+        self.quantizer = make_quantizer(args, args.num_actions, args.lam_centre)
         self.patch_in = Linear(numbers, args.lam_encoder[1])
-        self.change_in = Linear(numbers, args.lam_encoder[1]) if args.lam_change else None
         self.token = nn.Parameter(0.02 * torch.randn(args.lam_encoder[1]))
         self.encoder = Transformer(args, args.lam_encoder, length, patches + 1, self.quantizer.dim, device)
         self.past_in = Linear(numbers, args.lam_decoder[1])
@@ -1010,11 +1050,10 @@ class LatentActionModel(nn.Module):
 
     def latent(self, patches):
         """(B, T, P, E) -> before quantization (B, L, D): entry t for what leads from frame t to t + 1."""
-        x = self.patch_in(patches)
-        if self.change_in:
-            x = x + self.change_in(F.pad(patches[:, 1:] - patches[:, :-1], (0, 0, 0, 0, 1, 0)))
-        x = torch.cat([self.token.expand(*x.shape[:2], 1, -1), x], 2)
-        return self.encoder(x)[0][:, 1:, 0]
+        change = patches[:, 1:] - patches[:, :-1]
+        x = self.patch_in(change.flatten(0, 1).unsqueeze(1) if self.args.lam_change else patches)
+        x = self.encoder(torch.cat([self.token.expand(*x.shape[:2], 1, -1), x], 2))[0][:, :, 0]
+        return x.view(*change.shape[:2], -1) if self.args.lam_change else x[:, 1:]
 
     def forward(self, patches, seen):
         """Loss, VQ-VAE, its error as a share of that of copying the last frame -> losses, code (B, L, D), restarts.
@@ -1113,7 +1152,8 @@ class Agent(nn.Module):
         masked &= torch.arange(T, device=device)[:, None] > clean[:, None, None]  # the first frame never
         corrupt = rand(B, T, N) < args.corrupt * rand(B, 1, 1)
         ids = (rand(B, T, N) * args.num_codes).long()
-        shift = ((2 * rand(B, 2) - 1) * args.lam_shift).round().long()
+        places = torch.tensor(self.shape[:2], device=device) // max(1, args.lam_shift)
+        shift = (rand(B, 2) * places).long() * args.lam_shift
         return {"masked": masked, "corrupt": corrupt, "ids": ids, "shift": shift, "restart": rand(args.num_actions)}
 
     def update_tokenizer(self, video, noise):
@@ -1215,10 +1255,10 @@ class Agent(nn.Module):
         return {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()}
 
     def set_extra_state(self, state):
-        for name, optimizer in self.optimizers.items():
-            for p, values in zip(self.params[name], state[name]["state"].values(), strict=False):
+        for name, saved in state.items():  # none where a run was published to be played
+            for p, values in zip(self.params[name], saved["state"].values(), strict=False):
                 values |= {key: like(value, p) for key, value in values.items() if value.shape == p.shape}
-            optimizer.load_state_dict(state[name])
+            self.optimizers[name].load_state_dict(saved)
 
     def load_state_dict(self, state, **options):
         own = dict(self.named_parameters())
@@ -1822,12 +1862,17 @@ def tell_cost(seconds, updates, stage):
 
 
 def load_run(args, run):
-    """The agent of a run and its clips. Changed from dreamer_v3.py: clips instead of an environment."""
+    """The agent of a run and its clips; an environment is recorded again where they are not there.
+    Changed from dreamer_v3.py: clips instead of an environment."""
     device, *_ = setup(args)
     state = load(run, device)
     agent = Agent(args, state["shapes"]["frames"], device)
     load_agent(agent, state)
-    clips = Clips(f"{run}/video", state["shapes"], 1 if args.video_dir else args.num_envs, state["kept"])
+    again = not (args.video_dir or os.path.exists(f"{run}/video/frames.bin"))
+    kept = [0, 0, 0] if again else state["kept"]
+    clips = Clips(f"{run}/video", state["shapes"], 1 if args.video_dir else args.num_envs, kept)
+    for _ in record_video(args, clips, 0, device) if again else ():
+        pass
     clips.open(args.clip_length)
     return agent, clips
 

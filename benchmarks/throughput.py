@@ -50,6 +50,11 @@ CASES = {
         "CarRacing quick": "--env-id CarRacing-v3 --quick",
         "TakeCover": "--env-id VizdoomTakeCover-v1 --batch-length 99",
     },
+    "genie": {
+        "tiny": "--preset tiny",
+        "small, needs a GPU": "--preset small",
+        "coinrun, needs a GPU": "--preset coinrun",
+    },
 }
 ENVS = {"planet": (1, 4, 10)}  # environments for which acting is timed, where they are not 1, 4, 16
 
@@ -254,6 +259,49 @@ def measure_stages(script, flags, options):
     return row | {"population": P, "candidate_rollouts": R}
 
 
+class Held:
+    """Clips of noise: what stands before a dream that is to be timed alone."""
+
+    def __init__(self, video):
+        self.video, self.held_out = video, np.zeros((1, 2), int)
+
+    def get(self, windows):
+        return self.video[: len(windows)]
+
+
+def measure_video(script, flags, options):
+    """Frames that the two stages of Genie train on in a second, and frames of play, as the flags have it (suffix none)
+    and in plain float32: not compiled, no graphs. On one thread of a CPU these are seconds of CPU time."""
+    plain = ["--no-compile", "--no-amp"]
+    kinds = {"": ["--compile" if options.compile else "--no-compile"]}
+    if options.compile or torch.cuda.is_available():
+        kinds["_plain"] = plain
+    row = {}
+
+    def rate(name, frames, function, device, repeats=options.repeats):
+        one_core = device.type == "cpu" and options.threads == 1  # then other programs do not count
+        timing = clock(function, repeats, device, warm=5 if device.type == "cuda" else 2)
+        row[name] = frames / timing["cpu_ms" if one_core else "wall_ms"] * 1e3
+
+    for suffix, more in kinds.items():
+        args = script.parse_args(flags.split() + more)
+        device, *_ = script.setup(args)
+        shape = (args.image_size, args.image_width or args.image_size, 3)
+        agent, graph = script.Agent(args, shape, device), script.Graph if not suffix else lambda function, _: function
+        row |= {"parameters": sum(p.numel() for p in agent.trained), "clip_length": args.clip_length}
+
+        for stage, size in zip(script.STAGES, (args.tokenizer_batch_size, args.batch_size), strict=True):
+            video = torch.randint(0, 256, (size, args.clip_length, *shape), dtype=torch.uint8, device=device)
+            update, noise = graph(getattr(agent, f"update_{stage}"), device), agent.noise(stage, size, 0)
+            call = lambda update=update, video=video, noise=noise: update(video, noise)  # noqa: E731
+            rate(f"{stage}_frames_per_s{suffix}", size * args.clip_length, call, device)
+        dream = script.Dream(agent, Held(video.cpu().numpy()))
+        dream.graph = graph(agent.generate, device)
+        dream.reset(seed=0)
+        rate(f"play_frames_per_s{suffix}", 1, lambda dream=dream: dream.step(0), device, options.act_repeats)
+    return row
+
+
 def machine(options):
     """What the figures were measured on."""
     name = platform.processor()
@@ -294,14 +342,17 @@ def main():
     script = load(options.script)
     result = {"script": script.__name__, "machine": machine(options), "cases": {}}
     print(" ".join(f"{key}={value}" for key, value in result["machine"].items()))
-    staged = hasattr(script, "dream_returns")
+    video = hasattr(script, "Clips")
+    staged = video or hasattr(script, "dream_returns")
     if not staged:
         acting = f"act ms: {', '.join(map(str, ENVS.get(script.__name__, (1, 4, 16))))} envs"
         print(f"{'case':22}update ms   cpu ms  first s   GFLOP  share  {acting:25} env f/s loop f/s  GB")
     for name, flags in CASES[script.__name__].items():
-        if options.case not in name:
+        if options.case not in name or ("GPU" in name and not torch.cuda.is_available()):
             continue
-        row = result["cases"][name] = (measure_stages if staged else measure)(script, flags, options)
+        row = result["cases"][name] = (measure_video if video else measure_stages if staged else measure)(
+            script, flags, options
+        )
         if staged:
             print(f"{name:20}", " ".join(f"{key}={value:.0f}" for key, value in row.items()), flush=True)
             continue

@@ -100,13 +100,15 @@ def changes(function, video, t):
 
 @torch.no_grad()
 def test_no_frame_sees_a_later_one():
-    agent = make()
+    agent = make("--no-lam-change")
     tokenizer, lam = agent.tokenizer, agent.lam
     latent = lambda v: tokenizer.encoder(tokenizer.patch_in(s.patchify(v / 255, 4)))[0]  # noqa: E731
     assert changes(latent, clip(), 2) == [2, 3]
     action = lambda v: lam.latent(lam.patches(v, None))  # noqa: E731
     assert changes(action, clip(), 2) == [1, 2]  # the action that leads to a frame sees it
     assert changes(action, clip(), 0) == [0, 1, 2]
+    lam = make("--lam-change").lam
+    assert changes(action, clip(), 0) == [0] and changes(action, clip(), 2) == [1, 2]  # sees nothing else
     ids = torch.randint(16, (2, 4, 16))
     other = ids.clone()
     other[:, 2] = (ids[:, 2] + 1) % 16
@@ -239,13 +241,13 @@ def test_dead_codes_restart_where_the_encoder_is():
 
 
 def test_centred_codes_do_not_collapse():
-    layer = s.VQ(4, 8, 0.25, 50, (3,))
-    x = torch.randn(64, 3, 8) * 0.01 + torch.randn(3, 8)  # nearly all the same
+    layer = s.VQ(4, 8, 0.25, 50, centre=True)
+    x = torch.randn(64, 3, 8) * 0.01 + torch.randn(8)  # nearly all the same
     assert s.VQ(4, 8, 0.25, 50)(x)[1].unique().numel() <= 3
     assert layer(x)[1].unique().numel() == 4
     for _ in range(200):
         layer.restart(x, layer(x)[1], torch.rand(4))
-    torch.testing.assert_close(layer.mean, x.mean(0), atol=1e-4, rtol=0)
+    torch.testing.assert_close(layer.mean, x.mean((0, 1)), atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("codes, levels", [(1024, [5, 4, 3]), (6, [3, 2]), (8, [4, 2]), (1000, [5, 5, 5, 4, 2])])
@@ -695,7 +697,7 @@ def test_learns_the_actions_of_a_world(tmp_path):
     flags = "--env-id toy_envs:Square-v0 --total-timesteps 6000 --num-envs 1 --image-size 16 --patch 4 --lam-patch 8 "
     flags += "--clip-length 4 --context 3 --num-codes 32 --num-actions 5 --latent-dim 16 --lam-encoder 2 64 4 16 "
     flags += "--lam-decoder 2 64 4 16 --encoder 1 32 2 16 --decoder 1 32 2 16 --dynamics 1 32 2 16 --lam-change "
-    flags += "--lam-centre --lam-shift 8 --tokenizer-steps 100 --steps 1500 --tokenizer-batch-size 16 --batch-size 32 "
+    flags += "--lam-centre --lam-shift 1 --tokenizer-steps 100 --steps 1500 --tokenizer-batch-size 16 --batch-size 32 "
     flags += "--ffn 4 --learning-rate 2e-3 --final-rate 2e-5 --eval-every 100000000 --eval-episodes 128 --no-cuda"
     run_script(s, *flags.split(), cwd=tmp_path, timeout=3000)
     values = {row[1]: float(row[2]) for row in metrics(only_run(tmp_path)) if row[1].startswith("eval/")}
