@@ -460,6 +460,8 @@ class Episodes(gym.Wrapper):
 
 def make_env(args, index=0):
     """One environment, adapted; Failure with one line for what is unknown, not installed or unsupported."""
+    if multiprocessing.parent_process():  # Ctrl-C reaches the whole group, and the main process acts on it
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
     name, repeat, limit = args.env_id.partition("-")[2], args.action_repeat, args.time_limit
     try:
         if suite(args.env_id) == "dmc":
@@ -495,21 +497,9 @@ def make_envs(args, count, first=0):
     probe.close()
     if count == 1 or not pixels:
         return gym.vector.SyncVectorEnv(thunks, autoreset_mode="Disabled")
-    thunks = [ignoring_interrupts(thunk) for thunk in thunks]
     # forked from a clean process, which must not inherit this one's OpenGL and CUDA but has the imports that take long
     multiprocessing.set_forkserver_preload(["cv2", "gymnasium", "torch.utils.tensorboard", "tyro"])
     return gym.vector.AsyncVectorEnv(thunks, autoreset_mode="Disabled", context="forkserver")
-
-
-def ignoring_interrupts(thunk):
-    """Ctrl-C reaches the whole process group: only the main process is to act on it."""
-
-    def start():
-        if multiprocessing.parent_process():
-            signal.signal(signal.SIGINT, signal.SIG_IGN)
-        return thunk()
-
-    return start
 
 
 # === Replay ===========================================================================================================
