@@ -1014,7 +1014,9 @@ class LatentActionModel(nn.Module):
     """Names what happens between two frames by one of few codes, which predict the second from the past (p. 4).
 
     Its encoder sees the video up to the second frame, through one token more in each frame; its decoder the video up to
-    the first. Sees patches (B, T, P, E) of pixels or, with --lam-input tokens, codes of the tokenizer.
+    the first. Sees patches (B, T, P, E) of pixels or, with --lam-input tokens, codes of the tokenizer. A decoder that
+    knows place and past needs no names that mean the same everywhere: --lam-change and --lam-shift hide both from the
+    encoder, and a patch in which a whole move fits makes moves easier to read than places.
     """
 
     def __init__(self, args, shape, tokenizer, device):

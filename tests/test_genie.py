@@ -5,6 +5,7 @@ import csv
 import dataclasses
 import math
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -401,6 +402,18 @@ def test_same_name_same_code_as_dreamer_v3():
 # Video
 
 
+def test_the_pond():
+    """Each action moves the duck by its size around the pond, and no other thing; the boat sails on."""
+    env = s.gym.make("Pond-v0").unwrapped
+    alone = lambda image: (np.abs(image.astype(int) - env.colours["y"]).sum(-1) == 0).nonzero()  # noqa: E731
+    image = env.reset(seed=0)[0]
+    for action, move in enumerate([(0, 8), (0, -8), (8, 0), (-8, 0), (0, 0)] * 4):
+        before, sailed, image = alone(image), env.sailed, env.step(action % 5)[0]
+        moved = {tuple((place + move) % 32) for place in np.transpose(before)}
+        assert moved == set(zip(*alone(image), strict=True)) and len(moved) == 34 and env.sailed == sailed + 1
+    assert not any(env.step(0)[3] for _ in range(179)) and env.step(0)[3]
+
+
 def windows_of(starts, length, tail=0.1, tmp=None):
     starts = np.array(starts, bool)
     clips = s.Clips(str(tmp), dict(frames=(2, 2, 3), actions=()), starts.shape[1], [0, 0, 0])
@@ -632,6 +645,30 @@ def test_killed_after_a_save(finished, tmp_path):
     run_script(s, "--resume", run, cwd=tmp_path)
     same(checkpoint(finished)["agent"], checkpoint(run)["agent"])
     assert metrics(finished) == metrics(run)
+
+
+def test_video_that_is_gone_is_recorded_again(finished, tmp_path):
+    run = shutil.copytree(finished, tmp_path / "run", ignore=shutil.ignore_patterns("video"))
+    s.load_run(s.parse_args(["--play", str(run)]), str(run))
+    for name in ("frames", "starts", "actions"):
+        assert (finished / f"video/{name}.bin").read_bytes() == (run / f"video/{name}.bin").read_bytes(), name
+
+
+def test_the_published_run_can_be_played(tmp_path):
+    """In half precision, without optimizers and video: 20 steps in which the duck stays one duck and goes its ways."""
+    published = ROOT / "benchmarks/results/genie__Pond-v0__tiny__seed1"
+    assert sum(path.stat().st_size for path in published.glob("*.*")) < 2e6
+    run = shutil.copytree(published, tmp_path / "run", ignore=shutil.ignore_patterns("video"))
+    args = s.parse_args(["--play", str(run), "--no-cuda"])
+    dream = s.Dream(*s.load_run(args, args.play))
+    yellow = lambda image: (np.abs(image.astype(int) - s.Pond.colours["y"]).sum(-1) < 90).sum()  # noqa: E731
+    ends = set()
+    for action in range(dream.action_space.n):
+        dream.reset(seed=0)
+        frames = [dream.step(action)[0]["image"] for _ in range(20)]
+        assert np.mean([15 < yellow(frame) < 60 for frame in frames]) > 0.8
+        ends.add(frames[0].tobytes())
+    assert len(ends) > 3  # the codes do different things
 
 
 def test_what_does_not_fit_is_refused(finished, refused, tmp_path, monkeypatch):
