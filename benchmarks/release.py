@@ -4,6 +4,7 @@
 """
 
 import argparse
+import json
 import os
 import shutil
 
@@ -19,8 +20,11 @@ def main():
     agent = {key: value for key, value in state["agent"].items() if key != "_extra_state"}
     agent = {key: value.half() if value.dtype == torch.float32 else value for key, value in agent.items()}
     os.makedirs(options.folder, exist_ok=True)
-    for name in ("args.json", "metrics.csv"):
-        shutil.copy(f"{options.run}/{name}", options.folder)
+    shutil.copy(f"{options.run}/metrics.csv", options.folder)
+    with open(f"{options.run}/args.json") as file:
+        args = json.load(file)
+    with open(f"{options.folder}/args.json", "w") as file:
+        json.dump(args | dict(run_dir="runs", resume=None), file, indent=1)  # without paths of this machine
     path = f"{options.folder}/checkpoint.pt"
     torch.save({"script": state["script"], "agent": agent}, path)
     print(f"{path}: {os.path.getsize(path) / 1e6:.2f} MB")
