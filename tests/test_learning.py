@@ -29,7 +29,7 @@ STAGES = (
 def test_learns_a_game(name, tmp_path):
     """Perfect play returns 1, random play -0.6 in Catch, whose actions are discrete, and -0.3 in Glide.
 
-    Broken versions of dreamer_v1.py (the model sees no actions; rewards come a step late; no gradient reaches the actor)
+    Broken versions of dreamer_v1.py (no actions for the model; rewards a step late; no gradient for the actor)
     got -0.1, -0.4 and 0.05 in Glide after 2,300 frames, the right one 0.67 after 2,000 and 0.85 after 3,000.
 
     DreamerV1 has Glide: it is made for continuous actions. Its actor learns Catch too, but seldom whole: without an
