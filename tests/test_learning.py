@@ -6,7 +6,7 @@ import pytest
 from conftest import EVERY, SCRIPTS, metrics, only_run, run_script
 
 LEARN = {  # game, what is to be reached, flags
-    "dreamer_v1": ("Glide", 0.3, "--deter 64 --hidden 64 --stoch 16 --units 64 --depth 4 --num-envs 4 --batch-size 16 "
+    "dreamer_v1": ("Glide", 0.45, "--deter 64 --hidden 64 --stoch 16 --units 64 --depth 4 --num-envs 4 --batch-size 16 "
     "--batch-length 5 --imagination-horizon 6 --train-every 2 --train-steps 1 --prefill 300 --pretrain 50 "
     "--model-rate 1e-3 --actor-rate 4e-4 --critic-rate 1e-3 --predict-continue --free-nats 0 --total-timesteps 3000"),
     "dreamer_v2": ("Catch", 0.5, "--deter 64 --hidden 64 --classes 8 --stoch 8 --units 64 --depth 4 --num-envs 4 "
@@ -28,6 +28,9 @@ STAGES = (
 @pytest.mark.parametrize("name", [name for name in SCRIPTS if name in LEARN])
 def test_learns_a_game(name, tmp_path):
     """Perfect play returns 1, random play -0.6 in Catch, whose actions are discrete, and -0.3 in Glide.
+
+    Broken versions of dreamer_v1.py (no actions for the model; rewards a step late; no gradient for the actor)
+    got -0.1, -0.4 and 0.05 in Glide after 2,300 frames, the right one 0.67 after 2,000 and 0.85 after 3,000.
 
     DreamerV1 has Glide: it is made for continuous actions. Its actor learns Catch too, but seldom whole: without an
     entropy bonus it may be sure of a wrong action before the model is right, and then gets no gradient any more.
