@@ -534,7 +534,7 @@ def forkserver():
     return context
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def run_forked(forkserver):
     """`run_script` without the time that imports take."""
 
@@ -552,15 +552,18 @@ def run_forked(forkserver):
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory):
+def whole(run_forked, tmp_path_factory):
     """A run that was never stopped, for each place where the controller is trained; with evaluations."""
     runs = {}
 
     def get(*flags):
         if flags not in runs:
             folder = tmp_path_factory.mktemp("whole")
-            result = run_script(script, *RUN, *EVALUATED, *flags, cwd=folder, timeout=400)
-            assert "Warning" not in result.stderr
+            if flags:
+                run_forked(*RUN, *EVALUATED, *flags, cwd=folder)
+            else:
+                result = run_script(script, *RUN, *EVALUATED, cwd=folder, timeout=400)
+                assert "Warning" not in result.stderr
             runs[flags] = only_run(folder)
         return runs[flags]
 
@@ -752,12 +755,12 @@ def test_run_directories_that_do_not_fit(whole, refused, tmp_path):
         assert "cannot be read" in refused(script, option, run)
 
 
-def test_evaluate(whole):
+def test_evaluate(whole, run_forked):
     run = whole()
     out = run_script(script, "--evaluate", run, "--eval-episodes", 3, "--capture-video", cwd=run).stdout
     assert "toy_envs:Image-v0: 210.00 ± 0.00 over 3 episodes, 90 % interval of the mean 210.00 to 210.00" in out
     assert (run / "videos/evaluate.mp4").exists()  # 1 + 2 + ... + 20
-    run_script(script, "--play", run, "--capture-video", cwd=run)
+    run_forked("--play", run, "--capture-video", cwd=run)
     assert (run / "videos/dream.mp4").exists()
 
 
