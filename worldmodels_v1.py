@@ -1882,10 +1882,10 @@ def play(args):
 
     server = http.server.HTTPServer(("127.0.0.1", 0), Handler)
     port = server.server_port
-    print(f"http://127.0.0.1:{port} (on a remote machine: ssh -L {port}:127.0.0.1:{port} <host>)", flush=True)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.default_int_handler)
     try:
+        print(f"http://127.0.0.1:{port} (on a remote machine: ssh -L {port}:127.0.0.1:{port} <host>)", flush=True)
         server.serve_forever()
     except KeyboardInterrupt:
         server.server_close()
