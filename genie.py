@@ -222,10 +222,10 @@ class Args:
 TINY, SMALL, LARGE = (2, 64, 4, 16), (4, 256, 4, 64), (20, 1024, 16, 64)
 PRESETS = {
     "tiny": dict(env_id="Pond-v0", total_timesteps=8000, image_size=32, patch=8, clip_length=8, context=7)
-    | dict(num_codes=256, num_actions=5, latent_dim=16, ffn=2, lam_change=True, lam_centre=True, lam_shift=8)
+    | dict(num_codes=256, num_actions=8, latent_dim=16, ffn=2, lam_change=True, lam_centre=True, lam_shift=8)
     | dict(encoder=TINY, decoder=TINY, lam_encoder=TINY, lam_decoder=TINY, dynamics=(3, 64, 4, 16))
     | dict(tokenizer_steps=1000, tokenizer_batch_size=16, tokenizer_rate=2e-3, tokenizer_warmup=100, window_shift=0.5)
-    | dict(steps=1500, batch_size=32, learning_rate=2e-3, final_rate=1e-4, warmup=100, clip=1.0, clean_context=0.5)
+    | dict(steps=3000, batch_size=32, learning_rate=2e-3, final_rate=1e-4, warmup=100, clip=1.0, clean_context=0.5)
     | dict(maskgit_steps=8, log_every=12_800, eval_every=128_000, eval_episodes=64),
     "small": dict(env_id="atari100k-freeway", total_timesteps=400_000, action_repeat=4, num_envs=8)
     | dict(patch=8, num_actions=3, encoder=SMALL, decoder=SMALL, lam_encoder=SMALL, lam_decoder=SMALL)
