@@ -223,9 +223,9 @@ TINY, SMALL, LARGE = (2, 64, 4, 16), (4, 256, 4, 64), (20, 1024, 16, 64)
 PRESETS = {
     "tiny": dict(env_id="Pond-v0", total_timesteps=8000, image_size=32, patch=8, clip_length=8, context=7)
     | dict(num_codes=256, num_actions=8, latent_dim=16, ffn=2, lam_change=True, lam_centre=True, lam_shift=8)
-    | dict(encoder=TINY, decoder=TINY, lam_encoder=TINY, lam_decoder=TINY, dynamics=(3, 64, 4, 16))
+    | dict(encoder=(0, 64, 4, 16), decoder=TINY, lam_encoder=TINY, lam_decoder=TINY, dynamics=(3, 64, 4, 16))
     | dict(tokenizer_steps=1000, tokenizer_batch_size=16, tokenizer_rate=2e-3, tokenizer_warmup=100, window_shift=0.5)
-    | dict(steps=3000, batch_size=32, learning_rate=2e-3, final_rate=1e-4, warmup=100, clip=1.0, clean_context=0.5)
+    | dict(steps=4000, batch_size=32, learning_rate=2e-3, final_rate=1e-4, warmup=100, clip=1.0, clean_context=1.0)
     | dict(maskgit_steps=8, log_every=12_800, eval_every=128_000, eval_episodes=64),
     "small": dict(env_id="atari100k-freeway", total_timesteps=400_000, action_repeat=4, num_envs=8)
     | dict(patch=8, num_actions=3, encoder=SMALL, decoder=SMALL, lam_encoder=SMALL, lam_decoder=SMALL)
@@ -547,9 +547,9 @@ def make_envs(args, count, first=0):
 
 
 class Pond(gym.Env):
-    """A duck on a pond whose edges meet: it swims right, left, down or up by its own size, or stays. A boat passes.
+    """A duck on a pond whose edges meet: it turns and swims right, left, down or up by its own size, or stays to dabble.
 
-    The source of --preset tiny: each action shows, at once and everywhere, and all else can be predicted.
+    A boat passes. The source of --preset tiny: actions show, at once and everywhere, and all else can be predicted.
     """
 
     metadata = {"render_modes": ["rgb_array"]}
@@ -558,20 +558,26 @@ class Pond(gym.Env):
     moves = np.array([(0, 8), (0, -8), (8, 0), (-8, 0), (0, 0)])
     light = cv2.resize(np.random.default_rng(0).random((5, 5)), (32, 32), interpolation=cv2.INTER_CUBIC)[..., None]
     water = (np.array([30, 90, 150]) + np.array([20, 40, 40]) * light.clip(0, 1)).astype(np.uint8)
-    duck = "...yyy.. ..yykyoo ..yyyyo. y...yy.. yyyyyyy. yygggyy. .yyyyyy. ..yyyy..".split()
+    right = "...yyy.. ..yykyoo ..yyyyo. y...yy.. yyyyyyy. yygggyy. .yyyyyy. ..yyyy..".split()
+    left = [line[::-1] for line in right]
+    down = "..yyyy.. .ykyyky. .yyooyy. ..yooy.. .yyyyyy. gyyyyyyg gyyyyyyg ..yyyy..".split()
+    up = "..yyyy.. .yyyyyy. .yyyyyy. ..yyyy.. .yyyyyy. ygyyyygy yggyyggy ..yyyy..".split()
+    dabble = "........ ........ ...yy... ..yyyy.. ..yggy.. .yggggy. w.w..w.w ........".split()
     boat = "......w..... .....ww..... ....www..... ...wwww..... ......b..... .bbbbbbbbbb. ..bbbbbbbb..".split()
     colours = dict(y=(250, 210, 60), g=(220, 170, 40), o=(240, 120, 30), k=(20,) * 3, w=(245,) * 3, b=(120, 70, 40))
 
     def __init__(self, render_mode=None):
-        pass
+        self.ducks = self.right, self.left, self.down, self.up, self.dabble
 
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)
         self.count, self.place, self.sailed = 0, 8 * self.np_random.integers(4, size=2), self.np_random.integers(32)
+        self.duck = self.right
         return self.render(), {}
 
     def step(self, action):
         self.count, self.place, self.sailed = self.count + 1, self.place + self.moves[action], self.sailed + 1
+        self.duck = self.ducks[action]
         return self.render(), 0.0, False, self.count == 200, {}
 
     def render(self):
@@ -827,8 +833,8 @@ class Transformer(nn.Module):
         super().__init__()
         layers, width, heads, head_size = size
         self.remat = args.remat
-        self.time = nn.Parameter(0.02 * torch.randn(length, 1, width))
-        self.space = nn.Parameter(0.02 * torch.randn(tokens, width))
+        self.time = nn.Parameter(0.5 * torch.randn(length, 1, width))
+        self.space = nn.Parameter(0.5 * torch.randn(tokens, width))
         self.blocks = nn.ModuleList()
         for _ in range(layers):  # sharded one by one: no process ever holds a large model whole
             block = Block(width, heads, head_size, args.ffn).to(device)
@@ -1076,7 +1082,7 @@ class Dynamics(nn.Module):
         super().__init__()
         width = args.dynamics[1]
         self.separate = args.action_input == "token"
-        self.embed = nn.Parameter(0.02 * torch.randn(args.num_codes + 1, width))  # the last is for masked tokens
+        self.embed = nn.Parameter(0.5 * torch.randn(args.num_codes + 1, width))  # the last is for masked tokens
         self.code_in = Linear(code_dim, width)
         self.transformer = Transformer(
             args, args.dynamics, args.clip_length, tokens + self.separate, args.num_codes, device

@@ -26,7 +26,8 @@ def main():
     with open(f"{options.folder}/args.json", "w") as file:
         json.dump(args | dict(run_dir="runs", resume=None), file, indent=1)  # without paths of this machine
     path = f"{options.folder}/checkpoint.pt"
-    torch.save({"script": state["script"], "agent": agent}, path)
+    kept = {key: state[key] for key in ("script", "shapes", "kept") if key in state}  # the last two of a video
+    torch.save(kept | {"agent": agent}, path)
     print(f"{path}: {os.path.getsize(path) / 1e6:.2f} MB")
 
 
