@@ -15,12 +15,17 @@ three are transformers of blocks that attend over space, then causally over time
 Time on all axes is in frames of video that were trained on; --total-timesteps are those that are recorded, and
 --eval-episodes counts clips that were held out: windows of the last tenth of the video.
 
-Where the paper says nothing, chosen here: LayerNorm before each layer, GELU, learned positions, no dropout; codes and
-what is matched to them have length 1, are learned by gradient, and one that nothing uses is put where an output of the
-encoder is; the LAM's decoder predicts how its last frame changes, which is scaled by how much frames change; the
-dynamics' loss is on masked tokens alone. The paper's parameter counts leave next to no room for feed-forward layers:
---ffn 0.5 fits them, 4 is what others use. Not in the paper: --clip, --window-shift, --clean-context, --corrupt,
---lam-change, --lam-centre, --lam-shift, --action-input token, --lam-grad-through-dynamics.
+Where the paper says nothing, chosen here: LayerNorm before each layer, GELU, learned positions, no dropout, queries and
+keys normalised in all three models; codes and what is matched to them have length 1, are learned by gradient, and one
+that nothing uses is put where an output of the encoder is; the LAM's decoder predicts how its last frame changes, which
+is scaled by how much frames change; the dynamics' loss is on masked tokens alone; MaskGIT keeps the likeliest of its
+draws, at one temperature; ΔtPSNR starts from all but four frames of a clip. The paper's parameter counts leave next to
+no room for feed-forward layers: --ffn 0.5 fits them, 4 is what others use. Not in the paper: --clip, --window-shift,
+--clean-context, --corrupt, --lam-change, --lam-centre, --lam-shift, --action-input token, --lam-grad-through-dynamics.
+
+Of the presets, tiny has a tokenizer whose encoder is no transformer: a token says what its own patch shows, so that a
+few thousand updates suffice for the dynamics. coinrun has the paper's sizes and schedules, but its environment, from a
+package for Python 3.13, draws other levels: to have the paper's (0 to 10,000), record them and give --video-dir.
 
 Shapes: B batch, T time, L = T - 1, N tokens of a frame, P patches of a frame of the LAM, V codes of a token, A latent
 actions, C width of a model, D width of a code, E numbers in a patch. Videos are uint8, (B, T, height, width, channels).
@@ -30,6 +35,7 @@ import base64
 import csv
 import ctypes
 import dataclasses
+import errno
 import http.server
 import io
 import json
@@ -547,7 +553,7 @@ def make_envs(args, count, first=0):
 
 
 class Pond(gym.Env):
-    """A duck on a pond whose edges meet: it turns and swims right, left, down or up by its own size, or stays to dabble.
+    """A duck on a pond whose edges meet: it turns and swims right, left, down or up by its size, or stays to dabble.
 
     A boat passes. The source of --preset tiny: actions show, at once and everywhere, and all else can be predicted.
     """
@@ -619,7 +625,7 @@ class Clips:
         for name in self.types:
             if count:
                 self.map(name)  # which looks whether it is there
-            self.files[name] = self.files.get(name) or open(f"{self.folder}/{name}.bin", "ab")
+            self.files[name] = self.files.get(name) or open(f"{self.folder}/{name}.bin", "ab", 0)
             self.files[name].truncate(count * self.bytes(name))
 
     def add(self, frames, starts, actions=0):
@@ -628,7 +634,8 @@ class Clips:
             for name, value in dict(frames=frames, starts=starts, actions=actions).items():
                 dtype, shape = self.types[name]
                 value = np.broadcast_to(np.asarray(value, dtype), (self.streams, *shape))
-                self.files[name].write(np.ascontiguousarray(value))
+                if self.files[name].write(np.ascontiguousarray(value)) < self.bytes(name):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         except OSError as error:
             raise Interrupted(f"no room for the video in {self.folder} ({error.strerror})") from None
         self.count += 1
@@ -1068,6 +1075,8 @@ class LatentActionModel(nn.Module):
 
     def encode(self, patches):
         """Latent actions as numbers (B, L)."""
+        if patches.shape[1] == 1:  # nothing happens in one frame
+            return torch.zeros(len(patches), 0, dtype=torch.long, device=patches.device)
         return self.quantizer(self.latent(patches))[1]
 
     def lookup(self, index):
@@ -1256,6 +1265,8 @@ class Agent(nn.Module):
         for name, saved in state.items():  # none where a run was published to be played
             for p, values in zip(self.params[name], saved["state"].values(), strict=False):
                 values |= {key: like(value, p) for key, value in values.items() if value.shape == p.shape}
+            for group in saved["param_groups"]:
+                group["lr"] = group["lr"].to(self.device)
             self.optimizers[name].load_state_dict(saved)
 
     def load_state_dict(self, state, **options):
@@ -1492,13 +1503,19 @@ def load_agent(agent, state):
 
 
 def setup(args):
-    """Device and numerical settings, joining the other processes of `torchrun` -> device, rank, number of processes."""
+    """Device and numerical settings, joining the other processes of `torchrun` -> device, rank, number of processes.
+    Changed from dreamer_v3.py: two batch sizes, and one process records; games that draw with SDL open no window."""
+    os.environ.setdefault("SDL_VIDEODRIVER", "dummy")
     cuda = args.cuda and torch.cuda.is_available()
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
     if "RANK" in os.environ and not dist.is_initialized():
         dist.init_process_group("nccl" if cuda else "gloo")
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    if args.num_envs % world or args.batch_size % world:
-        raise Failure(f"--num-envs {args.num_envs} and --batch-size {args.batch_size} must be multiples of {world}")
+    sizes = args.tokenizer_batch_size, args.batch_size
+    if sizes[0] % world or sizes[1] % world:
+        raise Failure("--tokenizer-batch-size {} and --batch-size {} must be multiples of {}".format(*sizes, world))
     torch.backends.cudnn.deterministic = args.torch_deterministic
     torch.set_float32_matmul_precision("high")
     random.seed(args.seed)
@@ -1508,7 +1525,7 @@ def setup(args):
         if hasattr(libc, "mallopt"):
             libc.mallopt(-4, 0)
             libc.mallopt(-1, 2**31 - 1)
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu"), rank, world
+    return device, rank, world
 
 
 def agree(flag, device):
@@ -1599,7 +1616,7 @@ def record_files(args, clips):
                     now = frame.time if frame.time is not None else number / float(stream.average_rate or 25)
                     if now + 1e-6 < due:
                         continue
-                    due = max(due + 1 / args.fps, now)
+                    due = (due if now < due + 1 / args.fps else now) + 1 / args.fps
                     image = frame.reformat(width, height, "rgb24").to_ndarray()
                     cut = last is None or np.abs(image.astype(np.int16) - last).mean() > 255 * args.cut
                     clips.add(image, cut)
@@ -1612,6 +1629,8 @@ def record_files(args, clips):
             clips.left_out += 1
             print(f"{path} is left out: {' '.join(str(error).split())}", file=sys.stderr)
         clips.keep(files=1)
+    if clips.left_out:
+        print(f"{clips.left_out} of {len(paths)} files are left out", file=sys.stderr)
     if not clips.count:
         raise Failure(f"none of the {len(paths)} files in {args.video_dir} can be used")
 
@@ -1635,6 +1654,10 @@ def start_log(args, run, frame, agent, clips):
     parts = dict(tokenizer=agent.tokenizer, lam=agent.lam, dynamics=agent.dynamics)
     sizes = ", ".join(f"{name} {sum(p.numel() for p in part.parameters()):,}" for name, part in parts.items())
     print(f"{run}: parameters: {sizes}; {agent.device}")
+    if not args.video_dir:
+        room = args.total_timesteps // args.action_repeat // clips.streams * sum(map(clips.bytes, clips.types))
+        frames = f"{args.total_timesteps:,} frames of the environment, {args.action_repeat} for each action"
+        print(f"{frames}: {room / 1e9:.1f} GB of video")
     return log
 
 
@@ -1797,10 +1820,13 @@ def train(args):
                 and args.eval_episodes
                 and (done or frame // args.eval_every > before // args.eval_every)
             ):
-                row, video = evaluate(agent, args, clips), action_grid(agent, clips)
+                with torch.compiler.set_stance("force_eager"):  # their many shapes would fill the compiler's cache
+                    row, video = evaluate(agent, args, clips), action_grid(agent, clips)
                 if rank == 0:
                     log.scalars(frame, row)
                     log.video(frame, "video/latent_actions", video, fps=5)
+                    if args.capture_video:
+                        write_mp4(f"{run}/videos/eval_{frame}.mp4", list(video), fps=5)
             if agree(time.time() - saved_at > args.save_every * 60, device):
                 checkpoint()
                 saved_at = time.time()
@@ -1818,7 +1844,6 @@ def source_shapes(args):
     """Shapes of frames and of actions, as the clips hold them."""
     if args.video_dir:
         return dict(frames=(args.image_size, args.image_width or args.image_size, 3), actions=(0,))
-    os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # games that draw with SDL are to open no window
     env = make_env(args)
     images = image_keys(env.observation_space)
     if len(images) != 1:
@@ -1876,7 +1901,7 @@ def load_run(args, run):
 
 
 def inverse_model(agent, args, clips, steps=1000, seed=0):
-    """What can be known of the true actions: a model like the LAM's encoder that learns to read them from the video.
+    """What a model like the LAM's encoder reads of the true actions from the video if it is told them in training.
 
     -> mutual information on the clips of the evaluation, and the share of actions that it gets right.
     """
@@ -1886,15 +1911,14 @@ def inverse_model(agent, args, clips, steps=1000, seed=0):
     torch.manual_seed(seed)
     model = LatentActionModel(args, agent.shape, agent.tokenizer, agent.device).to(agent.device)
     head = Linear(model.quantizer.dim, classes).to(agent.device)
-    params = [p for p in [*model.parameters(), *head.parameters()]]
-    optimizer = torch.optim.AdamW(params, args.learning_rate)
+    optimizer = torch.optim.AdamW([*model.parameters(), *head.parameters()], args.learning_rate)
     rng = np.random.default_rng(seed)
 
     def logits(windows):
         with agent.autocast():
             video = torch.from_numpy(clips.get(windows)).to(agent.device)
             with torch.no_grad():
-                patches = model.patches(video, agent.tokenizer.encode(video)[1])
+                patches = model.patches(video, agent.tokenizer.encode(video)[1] if args.lam_input == "tokens" else None)
             return head(model.latent(patches)).float()
 
     for _ in range(steps):
@@ -1952,9 +1976,8 @@ KEYS = ["ArrowRight", "ArrowLeft", "ArrowUp", "ArrowDown", "d", "a", "w", "s", "
 
 
 def key_action(keys, space):
-    """Keys held -> latent action: a key for each. Changed from dreamer_v3.py: none of them is known to do nothing."""
-    down = [key in keys for key in KEYS[: int(space.n)]]
-    return down.index(True) if True in down else 0
+    """Keys held -> latent action, None for other keys. Changed from dreamer_v3.py: no action is known to do nothing."""
+    return next((action for action, key in enumerate(KEYS[: int(space.n)]) if key in keys), None)
 
 
 def png(frame):
@@ -1972,23 +1995,23 @@ def play(args):
     obs, info = dream.reset(seed=args.seed)
     if args.capture_video:
         return write_mp4(f"{args.play}/videos/dream.mp4", list(action_grid(agent, clips)), fps=5)
-    used = int(dream.action_space.n)
-    total = 0.0
+    used, text = int(dream.action_space.n), ""
+    if used > len(KEYS):
+        raise Failure(f"--play: {used} latent actions are more than the {len(KEYS)} keys")
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
-            nonlocal total
+            nonlocal obs, info, text
             url = urllib.parse.urlparse(self.path)
             if url.path == "/":
                 return self.reply("text/html", PAGE)
             if url.path == "/reset":
-                (obs, info), total, text = dream.reset(), 0.0, "a new dream"
+                (obs, info), text = dream.reset(), "a new dream"
             elif url.path == "/step":
-                keys = urllib.parse.parse_qs(url.query).get("key", [])
-                obs, reward, terminated, truncated, info = dream.step(key_action(keys, dream.action_space))
-                total += reward
-                text = f"step {dream.steps}, reward {reward:.2f}, return {total:.1f}"
-                text += ", the end" * (terminated or truncated)
+                action = key_action(urllib.parse.parse_qs(url.query).get("key", []), dream.action_space)
+                if action is not None:
+                    obs, _, _, truncated, info = dream.step(action)
+                    text = f"step {dream.steps}" + ", the end" * truncated
             else:
                 return self.send_error(404)
             frames = dict(dream=png(picture(obs)), real=png(picture(info["real"])))

@@ -1271,6 +1271,9 @@ def set_random_states(states, rng, device):
 def setup(args):
     """Device and numerical settings, joining the other processes of `torchrun` -> device, rank, number of processes."""
     cuda = args.cuda and torch.cuda.is_available()
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
     if "RANK" in os.environ and not dist.is_initialized():
         dist.init_process_group("nccl" if cuda else "gloo")
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
@@ -1285,7 +1288,7 @@ def setup(args):
         if hasattr(libc, "mallopt"):
             libc.mallopt(-4, 0)
             libc.mallopt(-1, 2**31 - 1)
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu"), rank, world
+    return device, rank, world
 
 
 def start_log(args, run, frame, agent, replay):

@@ -1,11 +1,12 @@
-"""Our learning curves over the published ones: a table, and with matplotlib installed a figure for each script.
+"""Our learning curves over the published ones: a table, and a figure for each script, which takes matplotlib.
 
     python benchmarks/curves.py                      # the runs in benchmarks/results -> docs/curves_<script>.png
     python benchmarks/curves.py runs/<run> [...]     # these runs
 
 Published points (benchmarks/published) are means over seeds of the mean episode return in a window of frames that ends
 at the point; ours are computed in the same windows from `charts/episodic_return` in metrics.csv, and not smoothed
-otherwise. A run lies inside if it is within two standard deviations of the published mean.
+otherwise. A run lies inside if it is within two standard deviations of the published mean. Genie has no returns: of its
+runs the metrics on held-out clips are drawn.
 """
 
 import argparse
@@ -18,14 +19,14 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 
 
 def read_run(folder):
-    """A run directory -> its arguments and its (frame, return) points, of training and of evaluation."""
+    """A run directory -> its arguments and the (frame, value) points of each key."""
     with open(f"{folder}/args.json") as file:
         args = json.load(file)
     points = collections.defaultdict(list)
     with open(f"{folder}/metrics.csv", newline="") as file:
         for row in csv.DictReader(file):
             points[row["key"]].append((int(row["frame"]), float(row["value"])))
-    return args, points["charts/episodic_return"], points["eval/episodic_return"]
+    return args, points
 
 
 def published(args):
@@ -63,19 +64,32 @@ def compare(points, curve):
     return rows
 
 
-def draw(script, runs, path):
-    """One panel for each task: published mean and deviation, our training episodes and evaluations."""
+def start_figure(script, panels):
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
+    figure, axes = plt.subplots(1, panels, figsize=(5 * panels, 3.5), squeeze=False)
+    figure.suptitle(script)
+    return figure, axes[0]
+
+
+def save_figure(figure, path):
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    print(path)
+
+
+def draw(script, runs, path):
+    """One panel for each task: published mean and deviation, our training episodes and evaluations."""
     tasks = sorted({(args["env_id"], args["obs"]) for args, *_ in runs}, key=str)
-    figure, panels = plt.subplots(1, len(tasks), figsize=(5 * len(tasks), 3.5), squeeze=False)
-    for panel, task in zip(panels[0], tasks, strict=True):
-        for args, training, evaluation in runs:
+    figure, panels = start_figure(script, len(tasks))
+    for panel, task in zip(panels, tasks, strict=True):
+        for args, points in runs:
             if (args["env_id"], args["obs"]) != task:
                 continue
+            training, evaluation = points["charts/episodic_return"], points["eval/episodic_return"]
             end = max(frame for frame, _ in training)
             curve = {frame: values for frame, values in published(args).items() if frame <= 2 * end}
             if curve:
@@ -91,10 +105,19 @@ def draw(script, runs, path):
         panel.set_xlabel("environment frames")
         panel.set_ylabel("return")
         panel.legend(fontsize=7)
-    figure.suptitle(script)
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
-    print(path)
+    save_figure(figure, path)
+
+
+def draw_metrics(script, runs, path, keys):
+    """One panel for each key of runs without returns."""
+    figure, panels = start_figure(script, len(keys))
+    for panel, key in zip(panels, keys, strict=True):
+        for args, points in runs:
+            panel.plot(*zip(*points[key], strict=True), "o-", label=f"{args['env_id']}, seed {args['seed']}")
+        panel.set_title(key)
+        panel.set_xlabel("frames of video")
+        panel.legend(fontsize=7)
+    save_figure(figure, path)
 
 
 def main():
@@ -107,8 +130,9 @@ def main():
     scripts = collections.defaultdict(list)
     for folder in folders:
         if os.path.exists(f"{folder}/metrics.csv"):
-            args, training, evaluation = read_run(folder)
-            scripts[args["script"]].append((args, training, evaluation))
+            args, points = read_run(folder)
+            training, evaluation = points["charts/episodic_return"], points["eval/episodic_return"]
+            scripts[args["script"]].append((args, points))
             print(f"{args['script']} {args['env_id']} seed {args['seed']} ({folder})")
             for frame, ours, mean, std, seeds in compare(training, published(args)):
                 verdict = "inside" if abs(ours - mean) <= 2 * std else "above" if ours > mean else "below"
@@ -118,7 +142,11 @@ def main():
             for frame, value in evaluation:
                 print(f"  {frame:>9,} frames: {value:7.1f}   evaluation")
     for script, runs in scripts.items():
-        draw(script, runs, os.path.join(options.docs, f"curves_{script}.png"))
+        path = os.path.join(options.docs, f"curves_{script}.png")
+        if any(points["charts/episodic_return"] for _, points in runs):
+            draw(script, runs, path)
+        else:
+            draw_metrics(script, runs, path, ("eval/masked_accuracy", "eval/action_information", "eval/delta_psnr"))
 
 
 if __name__ == "__main__":

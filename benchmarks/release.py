@@ -1,6 +1,6 @@
 """A trained run, made small: parameters in half precision and no optimizer, enough to play and to evaluate it.
 
-    python benchmarks/release.py runs/<run> benchmarks/results/<name>
+python benchmarks/release.py runs/<run> benchmarks/results/<name>
 """
 
 import argparse

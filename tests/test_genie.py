@@ -483,7 +483,7 @@ def test_video_files(tmp_path, capsys):
     clips = record_videos(folder, tmp_path / "run")
     assert clips.kept == [70, 6, 4]
     told = capsys.readouterr().err.splitlines()
-    assert len(told) == 4 and all("left out" in line for line in told)
+    assert len(told) == 5 and all("left out" in line for line in told) and told[-1].startswith("4 of 6 files")
     for name in ("short", "empty", "noise", "half"):
         assert any(name in line for line in told)
     clips.open(4)
@@ -562,6 +562,13 @@ def test_evaluate_and_videos(finished):
     assert "latent_actions.mp4" in one and (finished / "videos/latent_actions.mp4").stat().st_size > 1000
     run_script(s, "--play", finished, "--capture-video", cwd=finished)
     assert (finished / "videos/dream.mp4").stat().st_size > 1000
+
+
+def test_readme_explains_every_key(finished):
+    readme = (ROOT / "README.md").read_text()
+    keys = {row[1] for row in metrics(finished)[1:]} | {"video/latent_actions", "eval/inverse_accuracy"}
+    patterns = [re.sub(r"<\w+>", r"\\w+", key) for key in re.findall(r"`(\w+/[^`]+)`", readme)]
+    assert not [key for key in keys if not any(re.fullmatch(pattern, key) for pattern in patterns)]
 
 
 def test_fvd_by_the_users_network(finished, tmp_path):
@@ -647,6 +654,18 @@ def test_killed_after_a_save(finished, tmp_path):
     assert metrics(finished) == metrics(run)
 
 
+def test_no_room_for_the_video(tmp_path):
+    """One line, and when there is room again the recording goes on."""
+    patch = "import resource\nresource.setrlimit(resource.RLIMIT_FSIZE, (2_000_000, -1))\n"
+    flags = [*SQUARE, *SMALL, "--total-timesteps", "4000"]
+    result = run_script(s, *flags, cwd=tmp_path, patch=patch, code=2)
+    assert "no room for the video" in result.stderr.splitlines()[-1] and "--resume" in result.stderr.splitlines()[-1]
+    run = only_run(tmp_path)
+    assert 0 < checkpoint(run)["kept"][0] * 768 <= 2_000_000
+    run_script(s, "--resume", run, cwd=tmp_path)
+    assert checkpoint(run)["kept"][0] == 4000
+
+
 def test_video_that_is_gone_is_recorded_again(finished, tmp_path):
     run = shutil.copytree(finished, tmp_path / "run", ignore=shutil.ignore_patterns("video"))
     s.load_run(s.parse_args(["--play", str(run)]), str(run))
@@ -655,20 +674,26 @@ def test_video_that_is_gone_is_recorded_again(finished, tmp_path):
 
 
 def test_the_published_run_can_be_played(tmp_path):
-    """In half precision, without optimizers and video: 20 steps each way; the codes do different things."""
+    """In half precision, without optimizers and video: each code is a move of the duck, and each move has a code."""
     published = ROOT / "benchmarks/results/genie__Pond-v0__tiny__seed1"
     assert sum(path.stat().st_size for path in published.glob("*.*")) < 2e6
     run = shutil.copytree(published, tmp_path / "run", ignore=shutil.ignore_patterns("video"))
     args = s.parse_args(["--play", str(run), "--no-cuda"])
     dream = s.Dream(*s.load_run(args, args.play))
-    ends = set()
+
+    def place(image):
+        yellow = np.abs(image.astype(int) - s.Pond.colours["y"]).max(-1) < 60
+        return np.divmod(yellow.reshape(4, 8, 4, 8).sum((1, 3)).argmax(), 4)
+
+    moves = set()
     for action in range(dream.action_space.n):
-        dream.reset(seed=0)
-        frames = [dream.step(action)[0]["image"] for _ in range(20)]
-        water = np.abs(np.stack(frames).astype(int) - s.Pond.water).max(-1) < 30
-        assert 0.6 < water.mean() < 0.99  # a pond, with something on it
-        ends.add(frames[0].tobytes())
-    assert len(ends) > 1
+        places = [place(dream.reset(seed=1)[0]["image"])]
+        places += [place(dream.step(action)[0]["image"]) for _ in range(20)]
+        steps = (np.diff(places, axis=0) + 1) % 4 - 1
+        (move, count) = max(zip(*np.unique(steps, axis=0, return_counts=True), strict=True), key=lambda pair: pair[1])
+        assert count >= 15, steps
+        moves.add(tuple(move))
+    assert moves == {tuple(move) for move in s.Pond.moves // 8}
 
 
 def test_what_does_not_fit_is_refused(finished, refused, tmp_path, monkeypatch):
