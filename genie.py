@@ -1503,9 +1503,7 @@ def load_agent(agent, state):
 
 
 def setup(args):
-    """Device and numerical settings, joining the other processes of `torchrun` -> device, rank, number of processes.
-    Changed from dreamer_v3.py: two batch sizes, and one process records; games that draw with SDL open no window."""
-    os.environ.setdefault("SDL_VIDEODRIVER", "dummy")
+    """Device and numerical settings, joining the other processes of `torchrun` -> device, rank, number of processes."""
     cuda = args.cuda and torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
     if cuda:
@@ -1513,9 +1511,8 @@ def setup(args):
     if "RANK" in os.environ and not dist.is_initialized():
         dist.init_process_group("nccl" if cuda else "gloo")
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    sizes = args.tokenizer_batch_size, args.batch_size
-    if sizes[0] % world or sizes[1] % world:
-        raise Failure("--tokenizer-batch-size {} and --batch-size {} must be multiples of {}".format(*sizes, world))
+    if args.num_envs % world or args.batch_size % world:
+        raise Failure(f"--num-envs {args.num_envs} and --batch-size {args.batch_size} must be multiples of {world}")
     torch.backends.cudnn.deterministic = args.torch_deterministic
     torch.set_float32_matmul_precision("high")
     random.seed(args.seed)
@@ -1552,6 +1549,7 @@ def record_env(args, clips):
             f"the video needs {size / 1e9:.1f} GB in {clips.folder}, where {free / 1e9:.1f} GB are free: "
             "make room, or lower --total-timesteps"
         )
+    os.environ.setdefault("SDL_VIDEODRIVER", "dummy")
     envs = make_envs(args, args.num_envs)
     try:
         space, images = envs.single_action_space, image_keys(envs.single_observation_space)
@@ -1655,7 +1653,7 @@ def start_log(args, run, frame, agent, clips):
     sizes = ", ".join(f"{name} {sum(p.numel() for p in part.parameters()):,}" for name, part in parts.items())
     print(f"{run}: parameters: {sizes}; {agent.device}")
     if not args.video_dir:
-        room = args.total_timesteps // args.action_repeat // clips.streams * sum(map(clips.bytes, clips.types))
+        room = args.total_timesteps // args.action_repeat * sum(map(clips.bytes, clips.types)) // clips.streams
         frames = f"{args.total_timesteps:,} frames of the environment, {args.action_repeat} for each action"
         print(f"{frames}: {room / 1e9:.1f} GB of video")
     return log
@@ -1723,7 +1721,7 @@ def accuracy(right, masked):
 def train(args):
     """Records, then trains the tokenizer, then LAM and dynamics, from the start or a checkpoint -> the run directory.
     Changed from dreamer_v3.py: three stages, one after the other."""
-    device, rank, world = setup(args)
+    device, rank, world = setup(dataclasses.replace(args, num_envs=0))  # one process records
     if args.tokenizer_batch_size % world:
         raise Failure(f"--tokenizer-batch-size {args.tokenizer_batch_size} must be a multiple of {world}")
     source = os.path.basename(os.path.abspath(args.video_dir)) if args.video_dir else args.env_id.replace("/", "-")
@@ -1844,6 +1842,7 @@ def source_shapes(args):
     """Shapes of frames and of actions, as the clips hold them."""
     if args.video_dir:
         return dict(frames=(args.image_size, args.image_width or args.image_size, 3), actions=(0,))
+    os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # games that draw with SDL are to open no window
     env = make_env(args)
     images = image_keys(env.observation_space)
     if len(images) != 1:

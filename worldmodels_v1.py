@@ -20,7 +20,10 @@ one for the end, in TakeCover alone); rewards are normalised for M; one episode 
 Not copied from the authors' code: frames are neither stretched in contrast nor shifted by one modulo 256; at an
 episode's start M's state is zero (their graph feeds that of the chunk before); no bonus for large weights (their weight
 decay has the wrong sign); M sees the move that TakeCover is sent, not the output behind it; a frame after which nothing
-follows is no target of M's; frames for V are drawn with replacement; parameters are not rounded to 1e-4.
+follows is no target of M's; frames for V are drawn with replacement; parameters are not rounded to 1e-4. M is trained
+on episodes laid end to end, its state carried on (theirs: 100 whole episodes at a time, from zero), and sees actions in
+[-1, 1], gas and brake too; its mixture's biases start at 0; all candidates of a generation get the same tracks; of the
+means that were evaluated the best in the environment is kept, also where C evolves in the dream (theirs: in the dream).
 
 Shapes: B batch, T time, N frames, P candidates, R dreams of each, M = P*R, A action, U outputs, S stoch (z), D deter (h
 and c), H = D/2, C channels, W parameters of a controller. Arrays are (B, T, ...).
@@ -168,7 +171,7 @@ class Args:
     done_weight: float = 1.0
     """M: weight of the steps that end an episode in the continue loss"""
     rnn_updates: int = 4000
-    """M: updates"""
+    """M: updates, as in the authors' code (paper: 20 epochs)"""
     batch_size: int = 100
     """M: sequences of a batch"""
     batch_length: int = 999
@@ -204,9 +207,9 @@ class Args:
     patience: int = 0
     """evolve: steps without positive reward after which an episode is left; 0 for never; evaluation never leaves one"""
     eval_generations: int = 25
-    """evolve: generations between evaluations of the distribution's mean, of which the best is kept"""
+    """evolve: generations between evaluations of the distribution's mean; the best is kept; --eval-every 0: none"""
     temperature: float = 1.0
-    """dream: what the mixture's logits are divided by and its variances multiplied with"""
+    """dream: divides the mixture's logits, multiplies its variances; TakeCover: 1.15 (code: 1.25)"""
     dream_dropout: float = 0.0
     """dream: share of the LSTM's candidates that is dropped"""
     dream_length: int = 1000
@@ -268,6 +271,7 @@ def parse_args(argv=None):
         if saved.pop("script", None) != SCRIPT or set(saved) - known:
             raise Failure(f"{run} was not made by this version of {SCRIPT}.py")
         args = cli(Args(**saved | dict(resume=None, evaluate=None, play=None)))
+        args.env_id = saved["env_id"] if saved["env_id"].endswith(f":{args.env_id}") else args.env_id
         fixed = [name for name in FIXED if getattr(args, name) != saved[name]]
         if args.resume and fixed:
             raise Failure(f"{run} was started with other values of {fixed}: they cannot change on --resume")
@@ -283,6 +287,8 @@ def parse_args(argv=None):
         args.env_id = f"vizdoom.gymnasium_wrapper:{args.env_id}"  # the module that registers it
     if args.obs != "pixels":
         raise Failure(f"--obs {args.obs}: V sees pixels alone")
+    if args.temperature <= 0 or not 0 <= args.dream_dropout < 1:
+        raise Failure("--temperature must be above 0, --dream-dropout at least 0 and below 1")
     return args
 
 
@@ -627,14 +633,18 @@ class Rollouts:
 def vae_losses(image, recon, mean, logvar, tolerance):
     """Images (N, ...) in [0, 1], latents (N, S) -> squared error summed over the image, KL with its floor: (N,).
 
-    The floor holds for the sum over the latent, for each example on its own.
+    arXiv:1803.10122v4, appendix, Variational Autoencoder; the floor, of the code, holds for the sum over the latent, for
+    each example on its own.
     """
     kl = -0.5 * (1 + logvar - mean.square() - logvar.exp()).sum(-1)
     return (image - recon).square().flatten(1).sum(-1), kl.clamp(min=tolerance * mean.shape[-1])
 
 
 def mdn_log_prob(logits, mean, log_std, target):
-    """Log-density of targets (...) under mixtures of Gaussians (..., K), each number with weights of its own."""
+    """Log-density of targets (...) under mixtures of Gaussians (..., K), each number with weights of its own.
+
+    arXiv:1803.10122v4, appendix, Recurrent Neural Network.
+    """
     log_weight = logits.log_softmax(-1)
     error = (target.unsqueeze(-1) - mean) * (-log_std).exp()
     return (log_weight - 0.5 * error.square() - log_std - 0.5 * math.log(2 * math.pi)).logsumexp(-1)
@@ -643,7 +653,8 @@ def mdn_log_prob(logits, mean, log_std, target):
 def mdn_sample(logits, mean, log_std, uniform, normal, temperature):
     """A sample (...) of mixtures (..., K) from uniform and normal noise (...).
 
-    The temperature divides the logits and multiplies the variance. Written out: softmax over few is slow on a CPU.
+    The temperature divides the logits and multiplies the variance (arXiv:1803.10122v4, appendix, Recurrent Neural
+    Network). Written out: softmax over few is slow on a CPU.
     """
     weight = ((logits - logits.amax(-1, keepdim=True)) / temperature).exp().cumsum(-1)
     index = (weight[..., :-1] < uniform.unsqueeze(-1) * weight[..., -1:]).sum(-1, keepdim=True)
@@ -798,7 +809,7 @@ class MDNRNN(nn.Module):
         stoch = mean + (logvar / 2).exp() * noise[..., : self.args.stoch]
         before = torch.cat([start[1].unsqueeze(1), stoch[:, :-1]], 1)
         keep = 1 - is_first.float().unsqueeze(-1)
-        begun = torch.cat([start[0].unsqueeze(1), keep[:, :-1].expand(-1, -1, start[0].shape[-1])], 1)
+        begun = torch.cat([start[0].abs().amax(-1, keepdim=True).unsqueeze(1), keep[:, :-1]], 1)
         deter, deters = start[0], []
         for t, inputs in enumerate(self.inputs(begun, before, action).unbind(1)):
             deter = self.cell(inputs, deter, None if mask is None else mask[:, t]) * keep[:, t]
@@ -885,12 +896,13 @@ class WorldModel(nn.Module):
 class Controller(nn.Module):
     """C: one layer, or two, from the latent and M's state; the best parameters that evolution found.
 
-    Parameters are flat: for each layer biases, then weights, input-major.
+    A layer is tanh(W [z h] + b) (arXiv:1803.10122v4, Controller). Parameters are flat: for each layer biases, then
+    weights, input-major.
     """
 
     def __init__(self, args, action_dim, discrete):
         super().__init__()
-        self.args, self.discrete, self.parts = args, discrete, "zhc".index(args.controller_inputs[-1])
+        self.args, self.discrete = args, discrete
         if args.moves and not (discrete and action_dim == 3):
             raise Failure("--moves is for three discrete actions")
         sizes = [args.stoch + len(args.controller_inputs[1:]) * args.deter, args.controller_hidden]
@@ -942,9 +954,8 @@ def dream_returns(agent, params, start, length):
         output = controller(owner, *(x.view(len(owner), -1, x.shape[-1]) for x in (deter, stoch))).flatten(0, 1)
         noise = agent.latent_noise(R)[dream]
         deter, stoch = model.rssm.img_step((deter, stoch), controller.action(output), noise, None)
-        feat = deter[:, : model.args.deter]
-        total += alive * model.reward(feat)
-        alive = alive * (model.cont(feat) >= 0.5)
+        total += alive * model.reward(deter)
+        alive = alive * (model.cont(deter) >= 0.5)
         going_on = int(alive.sum())
         if going_on <= len(alive) / 2:
             sums[place] = total
@@ -953,7 +964,7 @@ def dream_returns(agent, params, start, length):
                 break
             deter, stoch, alive, total, place, dream = (x[keep] for x in (deter, stoch, alive, total, place, dream))
             owner = params[place // R]
-    sums[place] = total if len(place) == len(total) else sums[place]
+    sums[place] = total
     return sums.view(P, R).mean(1)
 
 
@@ -1447,6 +1458,8 @@ class Workers:
                     while idle and (job := next(jobs, None)):
                         busy[idle[-1]] = job[0]
                         idle.pop().send(job[1])
+                    if not busy:
+                        return
                     for pipe in multiprocessing.connection.wait(busy, timeout=0.5):
                         done[busy[pipe]] = pipe.recv()
                         idle.append(pipe)
@@ -1455,8 +1468,6 @@ class Workers:
                     raise Interrupted("the process of an environment died") from None
                 if self.signals:
                     raise KeyboardInterrupt
-                if not busy and turn not in done:
-                    return
             if isinstance(done[turn], Failure):
                 raise done[turn]
             yield done.pop(turn)
@@ -1577,16 +1588,23 @@ def collect(run):
                 frames += length * args.action_repeat
                 if tried > 100 * args.rollouts:
                     raise Failure(f"--shortest {args.shortest}: hardly any episode is longer")
-            run.memory["tried"] = tried
             run.rollouts.add(episode["steps"])
+            run.memory["tried"] = tried
             row = {"charts/episodic_return": episode["total"], "charts/episodic_length": length * args.action_repeat}
             run.advance(row, frames=frames, text=f"return {episode['total']:.1f}")
+    if args.train_controller_in == "env" and run.at["frames"] >= args.total_timesteps:
+        raise Interrupted(
+            f"all --total-timesteps {args.total_timesteps} were collected, none are left to evolve the controller in: "
+            "raise it, or start with fewer --rollouts"
+        )
 
 
 def train_vae(run):
     """V, on frames of the episodes that are not held out."""
-    args = run.args
-    steps = np.concatenate([np.arange(first, first + size) for first, size in run.rollouts.episodes(False)])
+    args, episodes = run.args, run.rollouts.episodes(False)
+    if not len(episodes):
+        raise Failure("one episode is held out and none is left to train on: start with more --rollouts")
+    steps = np.concatenate([np.arange(first, first + size) for first, size in episodes])
     for update in run.stage(args.vae_updates):
         image = run.rollouts.get(steps[run.rng.integers(len(steps), size=args.vae_batch_size)], ["image"])
         metrics = run.agent.update_vae(to_tensors(image, run.device)["image"], update)
@@ -1646,7 +1664,8 @@ def held_out(run, most=20):
     model, device = run.agent.world_model, run.device
 
     def episodes(held):
-        for first, size in run.rollouts.episodes(held)[:most]:
+        found = run.rollouts.episodes(held)
+        for first, size in found[found[:, 1] > 2][:most]:
             data = run.batch(np.arange(first, first + size)[None])
             yield data, torch.randn(1, size, run.args.stoch, device=device)
 
@@ -1667,6 +1686,7 @@ def held_out(run, most=20):
     return dict(zip(("eval/latent_loss", "eval/latent_loss_copy", "eval/reward_loss"), values, strict=True))
 
 
+@torch.no_grad()
 def dream_starts(run, count):
     """States that dreams start from, of what was collected: deter (R, D), stoch (R, S)."""
     model, args, arrays = run.agent.world_model, run.args, run.rollouts.arrays
@@ -1687,6 +1707,7 @@ def evolve(run):
     environment or, without evaluations, the last one.
     """
     args, agent, at, memory = run.args, run.agent, run.at, run.memory
+    most = args.total_timesteps if args.train_controller_in == "env" else math.inf
     warnings.filterwarnings("ignore", "Could not import matplotlib")  # which cma misses at once, and we never
     import cma
 
@@ -1699,7 +1720,7 @@ def evolve(run):
     for cost in costs:
         es.tell(es.ask(), cost)
     with Workers(args, agent, run.signals) as workers:
-        for generation in run.stage(args.generations, args.total_timesteps):
+        for generation in run.stage(args.generations, most):
             candidates, frames = es.ask(), 0
             seed, *seeds = run.seeds(1, at["iteration"], generation, count=1 + args.candidate_rollouts)
             torch.manual_seed(seed)  # so that a generation that was cut short can be done again
@@ -1721,7 +1742,7 @@ def evolve(run):
             row |= {"charts/fitness_best": fitness.max(), "stats/sigma": es.sigma}
             again = dream_returns(agent, mean[None], dream_starts(run, 64), args.dream_length)
             row |= {"charts/dream_return": again.item()}
-            last = generation + 1 == args.generations or at["frames"] + frames >= args.total_timesteps
+            last = generation + 1 == args.generations or at["frames"] + frames >= most
             if args.eval_every and args.eval_episodes and ((generation + 1) % args.eval_generations == 0 or last):
                 seeds = run.seeds(2, at["iteration"], generation, count=args.eval_episodes)
                 returns, film = workers.evaluate(seeds, mean.cpu().numpy(), args.capture_video)
@@ -1730,8 +1751,9 @@ def evolve(run):
                     memory["best"] = float(returns.mean())
                     agent.behaviour.params.copy_(mean)
                 if film:
-                    run.log.video(at["tick"] + 1, "video/eval", np.stack(film[::2]))
-                    write_mp4(f"{run.folder}/videos/eval_{at['tick'] + 1}.mp4", film)
+                    tick = at["tick"] + max(1, frames)
+                    run.log.video(tick, "video/eval", np.stack(film[::2]))
+                    write_mp4(f"{run.folder}/videos/eval_{tick}.mp4", film)
             elif memory["best"] == -math.inf:
                 agent.behaviour.params.copy_(mean)
             costs.append((-fitness).tolist())
@@ -1749,6 +1771,7 @@ def train(args):
             run.at |= dict(stage=(run.at["stage"] + 1) % len(STAGES), done=0)
             run.at["iteration"] += run.at["stage"] == 0
             run.memory, run.sums = {}, {}
+            run.checkpoint()  # before a stage writes over what the last checkpoint needs
         run.checkpoint()
     except Interrupted as error:
         if not run.signals:
@@ -1775,6 +1798,8 @@ def load_run(args, run):
 
 def score(args):
     """--evaluate: prints mean, deviation and a 90 % interval of the mean; with --capture-video writes an mp4."""
+    if not args.eval_episodes:
+        raise Failure("--evaluate takes at least one of --eval-episodes")
     agent, _ = load_run(args, args.evaluate)
     seeds = np.random.SeedSequence([args.seed, 3]).generate_state(args.eval_episodes).tolist()
     with Workers(args, agent) as workers:
