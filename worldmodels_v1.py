@@ -633,8 +633,8 @@ class Rollouts:
 def vae_losses(image, recon, mean, logvar, tolerance):
     """Images (N, ...) in [0, 1], latents (N, S) -> squared error summed over the image, KL with its floor: (N,).
 
-    arXiv:1803.10122v4, appendix, Variational Autoencoder; the floor, of the code, holds for the sum over the latent, for
-    each example on its own.
+    arXiv:1803.10122v4, appendix, Variational Autoencoder; the floor, of the code, holds for the sum over the latent,
+    for each example on its own.
     """
     kl = -0.5 * (1 + logvar - mean.square() - logvar.exp()).sum(-1)
     return (image - recon).square().flatten(1).sum(-1), kl.clamp(min=tolerance * mean.shape[-1])

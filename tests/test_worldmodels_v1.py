@@ -588,7 +588,7 @@ s.Run.advance = advance
     [
         ((0, "collect", 1), "SIGTERM", ""),
         ((0, "train_vae", 2), "SIGINT", ""),
-        ((0, "encode", 0), "SIGKILL", ""),
+        ((1, "encode", 0), "SIGKILL", DREAMT),
         ((0, "train_rnn", 1), "SIGTERM", ""),
         ((0, "train_rnn", 2), "SIGKILL", DREAMT),
         ((0, "evolve", 1), "SIGTERM", ""),
@@ -600,7 +600,7 @@ s.Run.advance = advance
 def test_a_stage_that_was_stopped_goes_on_exactly(whole, run_forked, tmp_path, at, number, flags):
     killed, flags = number == "SIGKILL", flags.split()
     code = -signal.SIGKILL if killed else 128 + getattr(signal, number)
-    more = ["--save-every", 0] * killed
+    more = ["--save-every", 0] * (killed and at[1] != "encode")  # there the save between stages has to do
     patch = STOP.format(at=at, signal=number)
     *_, workers, line = run_forked(*RUN, *EVALUATED, *flags, *more, cwd=tmp_path, code=code, patch=patch)\
         .stdout.splitlines() + [""] * killed  # fmt: skip
@@ -687,6 +687,14 @@ def test_trouble_in_an_environment(trouble, words, run_forked, tmp_path):
     (tmp_path / "go").unlink()
     run_forked("--resume", only_run(tmp_path), cwd=tmp_path)
     assert checkpoint(only_run(tmp_path))["at"]["done"] == 3
+
+
+def test_frames_that_are_spent(run_forked, tmp_path):
+    """None are left for the controller: a line says so, and more can be given."""
+    result = run_forked(*RUN, "--total-timesteps", 1, cwd=tmp_path, code=2)
+    assert "--total-timesteps 1" in result.stderr and "--resume" in result.stderr
+    run_forked("--resume", only_run(tmp_path), "--total-timesteps", 100_000, cwd=tmp_path)
+    assert checkpoint(only_run(tmp_path))["at"]["stage"] == len(script.STAGES) - 1
 
 
 def test_a_loss_that_is_not_finite(run_forked, tmp_path):
