@@ -6,6 +6,8 @@ import importlib
 import io
 import os
 import random
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -115,6 +117,63 @@ def start_script(script, *args, cwd, until="losses/", timeout=120, **env):
             raise AssertionError(process.communicate())
         time.sleep(0.05)
     return process
+
+
+@contextlib.contextmanager
+def served(script, run):
+    """Address of the page that --play serves; Ctrl-C ends it."""
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command(script, "--play", run, "--no-cuda"), cwd=run, env=environment(), **pipes)
+    line = process.stdout.readline()
+    assert "ssh -L" in line, process.communicate()
+    yield re.search(r"http://127\.0\.0\.1:\d+", line)[0]
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=20)
+    assert process.returncode == 0 and not lines(err), err
+
+
+def press_a_key(page, folder):
+    """In headless Chromium: a key is pressed, and the dream goes on; skipped where there is none, or no Selenium."""
+    webdriver = pytest.importorskip("selenium.webdriver")
+    from selenium.common.exceptions import WebDriverException
+    from selenium.webdriver.common.by import By
+    from selenium.webdriver.common.keys import Keys
+
+    driver = shutil.which("chromedriver")
+    if not driver:
+        pytest.skip("no chromedriver")
+    options = webdriver.ChromeOptions()
+    options.binary_location = shutil.which("chromium") or shutil.which("google-chrome") or ""
+    flags = "headless no-sandbox disable-gpu disable-background-networking disable-component-update disable-sync"
+    for flag in (*flags.split(), f"user-data-dir={folder}/browser"):
+        options.add_argument(f"--{flag}")
+    try:
+        driver = webdriver.Chrome(options, webdriver.ChromeService(driver))
+    except WebDriverException as error:
+        pytest.skip(f"no browser: {error}")
+
+    def wait_for(what):
+        limit = time.time() + 20
+        while not what():
+            assert time.time() < limit
+            time.sleep(0.05)
+
+    try:
+        driver.get(page)
+        text = lambda: driver.find_element(By.ID, "text").text  # noqa: E731
+        frame = lambda: driver.find_element(By.ID, "dream").get_attribute("src")  # noqa: E731
+        wait_for(lambda: frame() and "new dream" in text())
+        first = frame()
+        actions = webdriver.ActionChains(driver).key_down(Keys.ARROW_RIGHT).pause(0.5).key_up(Keys.ARROW_RIGHT)
+        actions.perform()
+        wait_for(lambda: "step" in text())
+        assert frame() != first
+        assert driver.find_element(By.ID, "real").get_attribute("src").startswith("data:image/png;base64,")
+        driver.save_screenshot(str(folder / "page.png"))
+        driver.find_element(By.TAG_NAME, "body").send_keys("r")
+        wait_for(lambda: "new dream" in text())
+    finally:
+        driver.quit()
 
 
 def only_run(folder):

@@ -4,9 +4,6 @@ import base64
 import io
 import json
 import re
-import signal
-import subprocess
-import time
 import urllib.error
 import urllib.request
 
@@ -14,7 +11,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from conftest import agent_and_batch, command, environment, only_run, run_script, tiny
+from conftest import agent_and_batch, only_run, press_a_key, run_script, served, tiny
 from gymnasium.utils.env_checker import check_env
 from PIL import Image
 
@@ -135,15 +132,8 @@ def test_play_writes_a_video(script, trained):
 @pytest.fixture
 def page(script, trained):
     """Address of the page that --play serves."""
-    run = trained(script)
-    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    process = subprocess.Popen(command(script, "--play", run), cwd=run, env=environment(), **pipes)
-    line = process.stdout.readline()
-    assert "ssh -L" in line, process.communicate()
-    yield re.search(r"http://127\.0\.0\.1:\d+", line)[0]
-    process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=20)
-    assert process.returncode == 0 and not err, err
+    with served(script, trained(script)) as url:
+        yield url
 
 
 def ask(url):
@@ -168,40 +158,4 @@ def test_the_page(page):
 
 @pytest.mark.slow
 def test_the_page_in_a_browser(page, tmp_path):
-    """A key is pressed, and the dream goes on."""
-    webdriver = pytest.importorskip("selenium.webdriver")
-    from selenium.common.exceptions import WebDriverException
-    from selenium.webdriver.common.by import By
-    from selenium.webdriver.common.keys import Keys
-
-    options = webdriver.ChromeOptions()
-    flags = "headless no-sandbox disable-gpu disable-background-networking disable-component-update disable-sync"
-    for flag in (*flags.split(), f"user-data-dir={tmp_path}/browser"):
-        options.add_argument(f"--{flag}")
-    try:
-        driver = webdriver.Chrome(options=options)
-    except WebDriverException as error:
-        pytest.skip(f"no browser: {error}")
-
-    def wait_for(what):
-        limit = time.time() + 20
-        while not what():
-            assert time.time() < limit
-            time.sleep(0.05)
-
-    try:
-        driver.get(page)
-        text = lambda: driver.find_element(By.ID, "text").text  # noqa: E731
-        frame = lambda: driver.find_element(By.ID, "dream").get_attribute("src")  # noqa: E731
-        wait_for(lambda: frame() and "new dream" in text())
-        first = frame()
-        actions = webdriver.ActionChains(driver).key_down(Keys.ARROW_RIGHT).pause(0.5).key_up(Keys.ARROW_RIGHT)
-        actions.perform()
-        wait_for(lambda: "step" in text())
-        assert frame() != first
-        assert driver.find_element(By.ID, "real").get_attribute("src").startswith("data:image/png;base64,")
-        driver.save_screenshot(str(tmp_path / "page.png"))
-        driver.find_element(By.TAG_NAME, "body").send_keys("r")
-        wait_for(lambda: "new dream" in text())
-    finally:
-        driver.quit()
+    press_a_key(page, tmp_path)

@@ -3,6 +3,7 @@
 import ast
 import csv
 import dataclasses
+import json
 import math
 import re
 import shutil
@@ -10,11 +11,12 @@ import signal
 import socket
 import subprocess
 import sys
+import urllib.request
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, environment, lines, only_run, run_script, start_script
+from conftest import ROOT, environment, lines, only_run, press_a_key, run_script, served, start_script
 
 import genie as s
 
@@ -694,6 +696,22 @@ def test_the_published_run_can_be_played(tmp_path):
         assert count >= 15, steps
         moves.add(tuple(move))
     assert moves == {tuple(move) for move in s.Pond.moves // 8}
+
+
+def test_the_page(finished):
+    """Other keys than those of the latent actions change nothing."""
+    with served(s, finished) as url:
+        states = []
+        for path in ("/reset", "/step?key=ArrowLeft", "/step?key=x", "/step?key=d"):
+            with urllib.request.urlopen(url + path, timeout=20) as reply:
+                states.append(json.loads(reply.read()))
+    assert [state["text"] for state in states] == ["a new dream", "step 1", "step 1", "step 2"]
+    assert states[1]["dream"] == states[2]["dream"] and len(states[0]["keys"].split()) == 5
+
+
+def test_the_page_in_a_browser(finished, tmp_path):
+    with served(s, finished) as url:
+        press_a_key(url, tmp_path)
 
 
 def test_what_does_not_fit_is_refused(finished, refused, tmp_path, monkeypatch):

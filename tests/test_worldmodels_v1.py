@@ -6,7 +6,6 @@ import io
 import json
 import multiprocessing
 import os
-import re
 import signal
 import subprocess
 import time
@@ -18,7 +17,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, checkpoint, command, environment, metrics, only_run, run_script, tiny
+from conftest import ROOT, checkpoint, environment, metrics, only_run, press_a_key, run_script, served, tiny
 from gymnasium.utils.env_checker import check_env
 from PIL import Image
 from test_resume import same
@@ -773,22 +772,21 @@ def test_evaluate(whole, run_forked):
 
 
 def test_the_page(whole):
-    run = whole()
-    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    process = subprocess.Popen(command(script, "--play", run), cwd=run, env=environment(), **pipes)
-    url = re.search(r"http://127\.0\.0\.1:\d+", process.stdout.readline())[0]
+    with served(script, whole()) as url:
 
-    def ask(path):
-        with urllib.request.urlopen(url + path, timeout=20) as reply:
-            return reply.read()
+        def ask(path):
+            with urllib.request.urlopen(url + path, timeout=20) as reply:
+                return reply.read()
 
-    assert b"<title>Dream</title>" in ask("/")
-    ask("/reset")
-    for key in ("ArrowRight", "x"):
-        state = json.loads(ask(f"/step?key={key}"))
-        for kind in ("dream", "real"):
-            assert Image.open(io.BytesIO(base64.b64decode(state[kind]))).size == (64, 64)
-    assert "step 2" in state["text"] and state["keys"] == "ArrowRight"
-    process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=20)
-    assert process.returncode == 0 and not err, err
+        assert b"<title>Dream</title>" in ask("/")
+        ask("/reset")
+        for key in ("ArrowRight", "x"):
+            state = json.loads(ask(f"/step?key={key}"))
+            for kind in ("dream", "real"):
+                assert Image.open(io.BytesIO(base64.b64decode(state[kind]))).size == (64, 64)
+        assert "step 2" in state["text"] and state["keys"] == "ArrowRight"
+
+
+def test_the_page_in_a_browser(whole, tmp_path):
+    with served(script, whole()) as url:
+        press_a_key(url, tmp_path)
