@@ -124,12 +124,15 @@ def served(script, run):
     """Address of the page that --play serves; Ctrl-C ends it."""
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     process = subprocess.Popen(command(script, "--play", run, "--no-cuda"), cwd=run, env=environment(), **pipes)
-    line = process.stdout.readline()
-    assert "ssh -L" in line, process.communicate()
-    yield re.search(r"http://127\.0\.0\.1:\d+", line)[0]
-    process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=20)
-    assert process.returncode == 0 and not lines(err), err
+    try:
+        line = process.stdout.readline()
+        assert "ssh -L" in line, process.communicate()
+        yield re.search(r"http://127\.0\.0\.1:\d+", line)[0]
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=20)
+        assert process.returncode == 0 and not lines(err), err
+    finally:
+        process.kill()
 
 
 def press_a_key(page, folder):

@@ -7,10 +7,12 @@ import sys
 
 import gymnasium as gym
 import numpy as np
+import pytest
 import torch
 import torch.distributed as dist
 from conftest import ROOT, agent_and_batch, checkpoint, environment, lines, metrics, only_run, tiny
 
+pytestmark = pytest.mark.slow
 SPACES = {"vector": gym.spaces.Box(-np.inf, np.inf, (3,)), "image": gym.spaces.Box(0, 255, (64, 64, 3), np.uint8)}
 UPDATES = 3  # the learning rate of the first is 0
 

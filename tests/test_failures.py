@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import checkpoint, lines, only_run, run_script, start_script, tiny
 
+pytestmark = pytest.mark.slow
 CARTPOLE = ["--env-id", "CartPole-v1"]
 NOW = ["--save-every", 0]  # a checkpoint at every step
 
@@ -131,7 +132,7 @@ def test_trouble_in_an_environment(trainer, trouble, words, kind, num_envs, tmp_
     if (trouble, num_envs) == ("Exit", 1):
         pytest.skip("one environment lives in the main process")
     flags = ["--env-id", f"toy_envs:{trouble}{kind}-v0", "--num-envs", num_envs, *tiny(trainer)]
-    process = start_script(trainer, *flags, cwd=tmp_path, TROUBLE="1")
+    process = start_script(trainer, *flags, cwd=tmp_path)
     (tmp_path / "go").touch()
     _, err = process.communicate(timeout=60)
     assert process.returncode == 2, err

@@ -405,14 +405,16 @@ def test_same_name_same_code_as_dreamer_v3():
 
 
 def test_the_pond():
-    """Each action moves the duck by its size around the pond, and no other thing; the boat sails on."""
+    """Each action turns the duck and moves it by its size around the pond, and no other thing; the boat sails on."""
     env = s.gym.make("Pond-v0").unwrapped
-    alone = lambda image: (np.abs(image.astype(int) - env.colours["y"]).sum(-1) == 0).nonzero()  # noqa: E731
-    image = env.reset(seed=0)[0]
+    env.reset(seed=0)
+    ducks = [np.array([list(line) for line in sprite]) for sprite in env.ducks]
     for action, move in enumerate([(0, 8), (0, -8), (8, 0), (-8, 0), (0, 0)] * 4):
-        before, sailed, image = alone(image), env.sailed, env.step(action % 5)[0]
-        moved = {tuple((place + move) % 32) for place in np.transpose(before)}
-        assert moved == set(zip(*alone(image), strict=True)) and len(moved) == 34 and env.sailed == sailed + 1
+        place, sailed, image = env.place + move, env.sailed, env.step(action % 5)[0]
+        yellow = (image == env.colours["y"]).all(-1).nonzero()
+        expected = (np.argwhere(ducks[action % 5] == "y") + place) % 32
+        assert set(map(tuple, expected)) == set(zip(*yellow, strict=True)) and env.sailed == sailed + 1
+    assert len({duck.tobytes() for duck in ducks}) == 5
     assert not any(env.step(0)[3] for _ in range(179)) and env.step(0)[3]
 
 
@@ -558,6 +560,7 @@ def test_a_run_from_end_to_end(finished):
     assert checkpoint(finished)["updates"] == 12 and checkpoint(finished)["kept"] == [400, 0, 0]
 
 
+@pytest.mark.slow
 def test_evaluate_and_videos(finished):
     one, two = (run_script(s, "--evaluate", finished, "--capture-video", cwd=finished).stdout for _ in range(2))
     assert one == two and "eval/inverse_information" in one
@@ -626,6 +629,7 @@ STOPS = {  # code that stops a run in each of its stages
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", STOPS)
 def test_resume_is_exact_in_each_stage(stage, finished, tmp_path):
     flags = [*SQUARE, *SMALL, "--eval-every", "96"]
@@ -753,6 +757,7 @@ def torchrun(*args, cwd):
     assert result.returncode == 0, result.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shard", [False, True])
 def test_two_processes_train_as_one(finished, shard, tmp_path):
     """The whole run, with copies that average gradients and with sharded parameters (FSDP2): the same losses."""

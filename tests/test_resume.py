@@ -41,7 +41,7 @@ def same_runs(one, two):
 
 
 @pytest.mark.parametrize("num_envs", [1, 4])
-@pytest.mark.parametrize("env_id", TASKS)
+@pytest.mark.parametrize("env_id", [pytest.param(x, marks=[pytest.mark.slow] * (x != "CartPole-v1")) for x in TASKS])
 def test_two_halves_equal_the_whole(script, env_id, num_envs, tmp_path):
     flags = ["--env-id", env_id, "--num-envs", num_envs, *tiny(script)]
     for name in ("whole", "halves"):
@@ -70,6 +70,7 @@ def test_a_replay_that_has_wrapped_around(script, tmp_path):
     same_runs(only_run(tmp_path / "whole"), run)
 
 
+@pytest.mark.slow
 def test_stopped_by_a_signal_in_the_middle(script, tmp_path):
     flags = ["--env-id", "CartPole-v1", "--num-envs", 2, "--total-timesteps", 600, *tiny(script)]
     for name in ("whole", "stopped"):
@@ -85,6 +86,7 @@ def test_stopped_by_a_signal_in_the_middle(script, tmp_path):
     same_runs(only_run(tmp_path / "whole"), run)
 
 
+@pytest.mark.slow
 def test_killed_after_a_save(script, tmp_path):
     """What came after the last save is lost and done again, nothing else."""
     flags = ["--env-id", "CartPole-v1", "--total-timesteps", 600, "--save-every", 0.01, *tiny(script)]

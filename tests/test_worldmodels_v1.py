@@ -525,7 +525,7 @@ def start(args, folder, patch):
 def forkserver():
     """The process that runs and their workers are forked from."""
     before, context = os.environ.copy(), multiprocessing.get_context("forkserver")
-    os.environ |= environment(TROUBLE="1")
+    os.environ |= environment()
     context.set_forkserver_preload([__name__, "cma", "torch._dynamo"])
     multiprocessing.forkserver.ensure_running()
     os.environ.clear()
@@ -582,6 +582,7 @@ s.Run.advance = advance
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "at, number, flags",
     [
@@ -616,6 +617,7 @@ def test_a_stage_that_was_stopped_goes_on_exactly(whole, run_forked, tmp_path, a
     same_runs(whole(*flags), run)
 
 
+@pytest.mark.slow
 def test_workers_can_be_left_at_any_moment(forkserver):
     """Also while they write what nobody reads any more."""
     args = script.parse_args([str(arg) for arg in RUN])
@@ -654,6 +656,7 @@ def same_runs(one, two):
         assert np.array_equal(a, b), name
 
 
+@pytest.mark.slow
 def test_what_is_there_is_not_done_again_and_generations_can_be_added(whole, run_forked, tmp_path):
     run = tmp_path / "run"
     subprocess.run(["cp", "-r", whole(), run], check=True)
@@ -667,6 +670,7 @@ def test_what_is_there_is_not_done_again_and_generations_can_be_added(whole, run
     assert all(torch.equal(value, after["agent"][key]) for key, value in before["agent"].items() if "encoder" in key)
 
 
+@pytest.mark.slow
 def test_take_cover(run_forked, tmp_path):
     """Collected, dreamt in and evaluated in the real game."""
     pytest.importorskip("vizdoom")
@@ -676,6 +680,7 @@ def test_take_cover(run_forked, tmp_path):
     assert 30 < values["eval/episodic_return"] <= 100 and 0 < values["charts/dream_return"] < 25
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("trouble, words", [("Raise", "the robot fell"), ("Nan", "reward nan"), ("Exit", "died")])
 def test_trouble_in_an_environment(trouble, words, run_forked, tmp_path):
     (tmp_path / "go").touch()
@@ -688,6 +693,7 @@ def test_trouble_in_an_environment(trouble, words, run_forked, tmp_path):
     assert checkpoint(only_run(tmp_path))["at"]["done"] == 3
 
 
+@pytest.mark.slow
 def test_frames_that_are_spent(run_forked, tmp_path):
     """None are left for the controller: a line says so, and more can be given."""
     result = run_forked(*RUN, "--total-timesteps", 1, cwd=tmp_path, code=2)

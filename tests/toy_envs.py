@@ -45,7 +45,7 @@ class Toy(gym.Env):
         self.actions.append(action)
         self.last = int(np.sum(action))
         reward, over = float(self.count), self.count >= self.length
-        if os.environ.get("TROUBLE") and os.path.exists("go") and self.count == 10:
+        if os.path.exists("go") and self.count == 10:
             if self.trouble == "exit":
                 os._exit(1)
             if self.trouble == "raise":
