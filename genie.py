@@ -817,7 +817,7 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention over space, attention over time, one feed-forward layer (p. 3): (B, T, N, C) -> the same."""
+    """Attention over space, attention over time, one feed-forward layer (section 2): (B, T, N, C) -> the same."""
 
     def __init__(self, width, heads, head_size, ffn):
         super().__init__()
@@ -982,7 +982,7 @@ def like(x, model):
 
 
 class Tokenizer(nn.Module):
-    """Video (B, T, H, W, C) -> tokens (B, T, N) -> video in [0, 1]; a frame sees those before it, both ways (p. 4)."""
+    """Video (B, T, H, W, C) -> tokens (B, T, N) -> video in [0, 1] (section 2.1); a frame sees those before it."""
 
     def __init__(self, args, shape, device):
         super().__init__()
@@ -1024,7 +1024,7 @@ class Tokenizer(nn.Module):
 
 
 class LatentActionModel(nn.Module):
-    """Names what happens between two frames by one of few codes, which predict the second from the past (p. 4).
+    """Names what happens between two frames by one of few codes, which predict the second from the past (section 2.1).
 
     Its encoder sees the video up to the second frame, through one token more in each frame; its decoder the video up to
     the first. Sees patches (B, T, P, E) of pixels or, with --lam-input tokens, codes of the tokenizer. A decoder that
@@ -1085,7 +1085,7 @@ class LatentActionModel(nn.Module):
 
 
 class Dynamics(nn.Module):
-    """MaskGIT: tokens of a clip, some of them masked, and its latent actions -> logits of all tokens (p. 5)."""
+    """MaskGIT: tokens of a clip, some of them masked, and its latent actions -> logits of all tokens (section 2.1)."""
 
     def __init__(self, args, tokens, code_dim, device):
         super().__init__()
@@ -1154,7 +1154,7 @@ class Agent(nn.Module):
         if stage == "tokenizer":
             shift = torch.where(rand(B) < args.window_shift, (rand(B) * T).long(), 0)
             return {"shift": shift, "restart": rand(args.num_codes)}
-        masked = rand(B, T, N) < 0.5 + 0.5 * rand(B, 1, 1)  # p. 5: a rate between 0.5 and 1
+        masked = rand(B, T, N) < 0.5 + 0.5 * rand(B, 1, 1)  # section 2.1: a rate between 0.5 and 1
         clean = torch.where(rand(B) < args.clean_context, (rand(B) * (T - 1)).long(), 0)
         masked &= torch.arange(T, device=device)[:, None] > clean[:, None, None]  # the first frame never
         corrupt = rand(B, T, N) < args.corrupt * rand(B, 1, 1)
@@ -1207,7 +1207,7 @@ class Agent(nn.Module):
         return {f"{stage}_grad_norm": whole(norm), f"{stage}_rate": rate}
 
     def rate(self, stage, updates):
-        """Learning rate after so many updates: warm-up, then constant or half a cosine (tables 8, 10 and 14)."""
+        """Learning rate after so many updates: warm-up, then constant or half a cosine (appendices)."""
         args = self.args
         if stage == "tokenizer":
             return args.tokenizer_rate * ((updates + 1) / max(1, args.tokenizer_warmup)).clamp(max=1)
@@ -1681,7 +1681,7 @@ def evaluate(agent, args, clips):
             "masked_accuracy": accuracy(logits.argmax(-1) == ids, noise["masked"]),
             "copy_accuracy": accuracy(torch.cat([ids[:, :1], ids[:, :-1]], 1) == ids, noise["masked"]),
         }
-        # p. 7: how much better x_t is predicted with the inferred than with random actions
+        # section 3, metrics: how much better x_t is predicted with the inferred than with random actions
         other = torch.randint(args.num_actions, (B, t), generator=generator).to(action)
         other = torch.cat([action[:, : c - 1], other], 1)
         ends = [agent.rollout(ids[:, :c], a[:, : c - 1 + t], generator) for a in (action, other)]
