@@ -1594,7 +1594,7 @@ def collect(run):
             run.advance(row, frames=frames, text=f"return {episode['total']:.1f}")
     if args.train_controller_in == "env" and run.at["frames"] >= args.total_timesteps:
         raise Interrupted(
-            f"all --total-timesteps {args.total_timesteps} were collected, none are left to evolve the controller in: "
+            f"--total-timesteps {args.total_timesteps} are spent, and none are left to evolve the controller in: "
             "raise it, or start with fewer --rollouts"
         )
 
@@ -1766,8 +1766,9 @@ def train(args):
     try:
         while run.at["iteration"] < args.iterations:
             stages[run.at["stage"]](run)
-            if run.at["stage"] == len(STAGES) - 1 and run.at["iteration"] == args.iterations - 1:
-                break  # more --generations can be asked for on --resume
+            spent = args.train_controller_in == "env" and run.at["frames"] >= args.total_timesteps
+            if run.at["stage"] == len(STAGES) - 1 and (spent or run.at["iteration"] == args.iterations - 1):
+                break  # more of them, or more --generations, can be asked for on --resume
             run.at |= dict(stage=(run.at["stage"] + 1) % len(STAGES), done=0)
             run.at["iteration"] += run.at["stage"] == 0
             run.memory, run.sums = {}, {}
