@@ -2047,6 +2047,9 @@ def main(argv=None):
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 if __name__ == "__main__":
