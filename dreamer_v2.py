@@ -116,8 +116,8 @@ class Args:
     """minutes between checkpoints"""
     compile: bool = torch.cuda.is_available()
     """torch.compile the model's parts, which takes a C++ compiler and Python's headers; default: with a GPU"""
-    amp: bool = True
-    """bfloat16 for the networks on a GPU; parameters, losses and distributions stay float32"""
+    amp: bool = torch.cuda.is_available()
+    """bfloat16 for the networks; parameters, losses and distributions stay float32; default: with a GPU"""
 
     # Environment
     env_id: str = "dmc-walker-walk"
@@ -1288,8 +1288,7 @@ class Agent(nn.Module):
             model, actor = self.world_model, self.behaviour.actor
             for part, name in ((model.rssm, "obs_step"), (model.rssm, "img_step"), (actor, "forward")):
                 setattr(part, name, torch.compile(getattr(part, name), dynamic=False))
-        amp = args.amp and self.device.type == "cuda"
-        self.autocast = lambda: torch.autocast(self.device.type, torch.bfloat16, enabled=amp)
+        self.autocast = lambda: torch.autocast(self.device.type, torch.bfloat16, enabled=args.amp)
 
     def replay_spaces(self):
         """What the agent adds to each step of the replay: key -> (shape, dtype)."""

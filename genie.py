@@ -111,8 +111,8 @@ class Args:
     """minutes between checkpoints"""
     compile: bool = torch.cuda.is_available()
     """torch.compile the model's parts, which takes a C++ compiler and Python's headers; default: with a GPU"""
-    amp: bool = True
-    """bfloat16 for the networks on a GPU; parameters, losses and distributions stay float32"""
+    amp: bool = torch.cuda.is_available()
+    """bfloat16 for the networks; parameters, losses and distributions stay float32; default: with a GPU"""
 
     # Environment
     env_id: str = "dmc-walker-walk"
@@ -1141,8 +1141,7 @@ class Agent(nn.Module):
             name: torch.optim.AdamW(params, torch.zeros((), device=device), fused=True, **options)
             for name, params in self.params.items()
         }
-        amp = args.amp and self.device.type == "cuda"
-        self.autocast = lambda: torch.autocast(self.device.type, torch.bfloat16, enabled=amp)
+        self.autocast = lambda: torch.autocast(self.device.type, torch.bfloat16, enabled=args.amp)
 
     def noise(self, stage, batch_size, seed):
         """All random numbers of an update, the same in all processes: for the tokenizer shift (B,), for the dynamics

@@ -12,6 +12,7 @@ machine multiplies large matrices: the share says how far the limit is.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import datetime
 import importlib
@@ -77,6 +78,11 @@ def load(path):
     return importlib.import_module(os.path.basename(path).removesuffix(".py"))
 
 
+def switches(options):
+    """What the scripts are told of --compile and --amp."""
+    return ["--compile" if options.compile else "--no-compile", "--amp" if options.amp else "--no-amp"]
+
+
 def clock(function, repeats, device, warm=2):
     """Median wall and CPU milliseconds of a call, and the milliseconds of the first one."""
     times = []
@@ -132,7 +138,7 @@ def batch(script, args, agent, spaces):
 
 def measure(script, flags, options):
     """All figures of one case."""
-    args = script.parse_args(flags.split() + ["--compile" if options.compile else "--no-compile"])
+    args = script.parse_args(flags.split() + switches(options))
     device, *_ = script.setup(args)
     spaces, action_space = walker_spaces(script, args)
     agent = script.Agent(args, spaces, action_space, device)
@@ -144,10 +150,10 @@ def measure(script, flags, options):
         row["update_gflop"] = counter.total / 1e9
     update = script.Graph(agent.update, device)
     row["update"] = clock(lambda: update(data), options.repeats, device, warm=5 if device.type == "cuda" else 2)
-    amp = device.type == "cuda" and args.amp
+    dtype = torch.bfloat16 if args.amp else torch.float32
     kind = "wall_ms" if device.type == "cuda" else "cpu_ms"
     if "update_gflop" in row:
-        rate = product_rate(device, torch.bfloat16 if amp else torch.float32)
+        rate = product_rate(device, dtype)
         seconds = row["update"][kind] / 1e3
         row |= {"product_gflops": rate / 1e9, "share_of_product_rate": row["update_gflop"] * 1e9 / rate / seconds}
     row["act"] = {}
@@ -161,7 +167,7 @@ def measure(script, flags, options):
         if "update_gflop" in row:
             with CountOperations() as counter:
                 agent.act(obs, carry)
-            rate = product_rate(device, torch.bfloat16 if amp else torch.float32)
+            rate = product_rate(device, dtype)
             share = counter.total / rate / (timing[kind] / 1e3)
             timing |= {"gflop": counter.total / 1e9, "share_of_product_rate": share}
     row["peak_rss_gb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
@@ -189,7 +195,7 @@ def loop(script, args, flags, options):
         start = -(-start // window) * window
         command = [sys.executable, script.__file__, *flags.split(), "--run-dir", folder, "--eval-every", "0"]
         command += ["--total-timesteps", str(start + 2 * window), "--log-every", str(window)]
-        command += ["--compile" if options.compile else "--no-compile"]
+        command += switches(options)
         subprocess.run(command, check=True, stdout=quiet, stderr=quiet)
         with open(f"{folder}/{os.listdir(folder)[0]}/metrics.csv") as file:
             row["loop_frames_per_s"] = [float(x.split(",")[2]) for x in file if ",charts/SPS," in x][-1]
@@ -213,7 +219,7 @@ class Still(gym.Env):
 
 def measure_stages(script, flags, options):
     """Figures of a script in stages: V, M, dreams all at once and one by one, rollouts of the environment per core."""
-    args = script.parse_args(flags.split() + ["--compile" if options.compile else "--no-compile"])
+    args = script.parse_args(flags.split() + switches(options))
     device, *_ = script.setup(args)
     moves = gym.spaces.Discrete(3) if args.moves else gym.spaces.Box(-1, 1, (3,))
     spaces = {"image": gym.spaces.Box(0, 255, (args.image_size, args.image_size, 3), np.uint8)}
@@ -236,6 +242,8 @@ def measure_stages(script, flags, options):
     P, R, steps = args.population, args.candidate_rollouts, 20
     params = 0.1 * torch.randn(P, agent.behaviour.params.numel(), device=device)
     for name, p, r in (("", P, R), ("_one_by_one", 1, 1)):
+        if p == 1 and device.type == "cpu":
+            agent.autocast = contextlib.nullcontext  # one dream is faster in float32
         start = agent.world_model.rssm.initial(r)
         dreams = lambda p=p, start=start: script.dream_returns(agent, params[:p], start, steps)  # noqa: E731
         rate(f"dream_steps_per_s{name}", p * r * steps, dreams)
@@ -247,6 +255,8 @@ def measure_stages(script, flags, options):
         dream.step(agent.env_action(agent.behaviour.action(agent.policy(*dream.state[:2])))[0])
 
     rate("dream_steps_per_s_gymnasium", 1, step, 20)
+    dream.observation = dict  # no frames, which the controller does not look at
+    rate("dream_steps_per_s_gymnasium_undrawn", 1, step, 200)
     if not options.no_loop:
         with script.Workers(dataclasses.replace(args, num_envs=1), agent) as workers:
             (process,) = workers.processes.values()
@@ -272,10 +282,9 @@ class Held:
 def measure_video(script, flags, options):
     """Frames that the two stages of Genie train on in a second, and frames of play, as the flags have it (suffix none)
     and in plain float32: not compiled, no graphs. On one thread of a CPU these are seconds of CPU time."""
-    plain = ["--no-compile", "--no-amp"]
-    kinds = {"": ["--compile" if options.compile else "--no-compile"]}
-    if options.compile or torch.cuda.is_available():
-        kinds["_plain"] = plain
+    kinds = {"": switches(options)}
+    if options.compile or options.amp:
+        kinds["_plain"] = ["--no-compile", "--no-amp"]
     row = {}
 
     def rate(name, frames, function, device, repeats=options.repeats):
@@ -320,6 +329,7 @@ def machine(options):
         "gpu": torch.cuda.get_device_name() if cuda else None,
         "torch": torch.__version__,
         "compile": options.compile,
+        "amp": options.amp,
         "load": os.getloadavg(),
     }
 
@@ -332,6 +342,8 @@ def main():
     parser.add_argument("--repeats", type=int, default=10, help="warm updates that are timed (default: 10)")
     parser.add_argument("--act-repeats", type=int, default=20, help="warm actions that are timed (default: 20)")
     parser.add_argument("--compile", action="store_true", help="with torch.compile")
+    amp = argparse.BooleanOptionalAction
+    parser.add_argument("--amp", action=amp, default=torch.cuda.is_available(), help="bfloat16 (default: on a GPU)")
     parser.add_argument("--no-loop", action="store_true", help="leave out environment and whole loop")
     parser.add_argument(
         "--loop-updates", type=int, default=32, help="updates for which the loop is timed (default: 32)"
@@ -371,6 +383,7 @@ def main():
     if options.out:
         device = (result["machine"]["gpu"] or "cpu").lower().replace(" ", "-")
         kind = "compiled" if options.compile else "eager"
+        kind += "_bf16" if options.amp and device == "cpu" else ""
         path = f"{options.out}/throughput_{script.__name__}_{device}_{kind}_{result['machine']['date']}.json"
         with open(path, "w") as file:
             json.dump(result, file, indent=1)

@@ -42,7 +42,7 @@ TINY = {
 STAGED = ("worldmodels_v1",)  # trained in stages: not a loop of acting and updating, and no replay
 EVERY = [name for name in ALL if name in TINY and (ROOT / f"{name}.py").exists()]
 SCRIPTS = [name for name in EVERY if name not in STAGED]
-QUIET = "--eval-every 0 --log-every 20 --no-cuda"  # no evaluation, frequent rows of metrics
+QUIET = "--eval-every 0 --log-every 20 --no-cuda --no-compile --no-amp"  # no evaluation, frequent rows of metrics
 
 
 def tiny(script):

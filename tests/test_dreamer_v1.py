@@ -400,7 +400,9 @@ def test_parameter_counts():
 # Maths
 
 
-SMALL = dict(deter=8, hidden=8, stoch=3, units=8, depth=1, imagination_horizon=4, batch_size=2, batch_length=5)
+SMALL = dict(
+    deter=8, hidden=8, stoch=3, units=8, depth=1, imagination_horizon=4, batch_size=2, batch_length=5, amp=False
+)
 
 
 def small(discrete=False, **options):

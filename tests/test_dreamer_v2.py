@@ -492,8 +492,9 @@ def test_parameter_counts(args, channels, action, counts):
 
 
 SMALL = dict(
-    deter=8, hidden=8, stoch=3, classes=4, units=8, depth=1, imagination_horizon=4, batch_size=2, batch_length=5
-)
+    deter=8, hidden=8, stoch=3, classes=4, units=8, depth=1, imagination_horizon=4, batch_size=2, batch_length=5,
+    amp=False,
+)  # fmt: skip
 
 
 def small(discrete=True, **options):

@@ -53,6 +53,7 @@ class Case:
             imagination_horizon=golden["imag/ret"].shape[1],
             learning_rate=1e-3,
             warmup=2,
+            amp=False,
         )
         reserved = ("reward", "is_first", "is_last", "is_terminal")
         obs = {k[7:]: golden[k] for k in golden.files if k.startswith("in/obs/") and k[7:] not in reserved}
@@ -524,7 +525,7 @@ def test_parameter_counts(case, row):
 
 SMALL = dict(
     deter=8, hidden=8, stoch=3, classes=4, units=8, depth=1, blocks=2, decoder_blocks=2, bins=15, imagination_horizon=4,
-    batch_size=2, batch_length=5,
+    batch_size=2, batch_length=5, amp=False,
 )  # fmt: skip
 
 

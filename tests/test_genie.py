@@ -23,7 +23,7 @@ import genie as s
 SMALL = "--image-size 16 --patch 4 --lam-patch 8 --clip-length 4 --context 3 --num-codes 16 --num-actions 5 "
 SMALL += "--latent-dim 8 --encoder 1 16 2 8 --decoder 1 16 2 8 --lam-encoder 1 16 2 8 --lam-decoder 1 16 2 8 "
 SMALL += "--dynamics 1 16 2 8 --tokenizer-steps 6 --steps 6 --tokenizer-batch-size 4 --batch-size 4 --log-every 16 "
-SMALL += "--eval-every 0 --eval-episodes 8 --maskgit-steps 3 --num-envs 1 --no-cuda"
+SMALL += "--eval-every 0 --eval-episodes 8 --maskgit-steps 3 --num-envs 1 --no-cuda --no-compile --no-amp"
 SMALL = SMALL.split()
 SQUARE = ["--env-id", "toy_envs:Square-v0", "--total-timesteps", "400"]
 
@@ -783,7 +783,8 @@ def test_learns_the_actions_of_a_world(tmp_path):
     flags += "--clip-length 4 --context 3 --num-codes 32 --num-actions 8 --latent-dim 16 --lam-encoder 2 64 4 16 "
     flags += "--lam-decoder 2 64 4 16 --encoder 1 32 2 16 --decoder 1 32 2 16 --dynamics 1 32 2 16 --lam-change "
     flags += "--lam-centre --lam-shift 1 --tokenizer-steps 100 --steps 1500 --tokenizer-batch-size 16 --batch-size 32 "
-    flags += "--ffn 4 --learning-rate 2e-3 --final-rate 2e-5 --eval-every 100000000 --eval-episodes 128 --no-cuda"
+    flags += "--ffn 4 --learning-rate 2e-3 --final-rate 2e-5 --eval-every 100000000 --eval-episodes 128 "
+    flags += "--no-cuda --no-amp"
     run_script(s, *flags.split(), cwd=tmp_path, timeout=3000)
     values = {row[1]: float(row[2]) for row in metrics(only_run(tmp_path)) if row[1].startswith("eval/")}
     moves, codes = math.log(5), math.log(values["eval/lam_perplexity"])  # entropies: the information is in their mean

@@ -36,7 +36,7 @@ def test_learns_a_game(name, tmp_path):
     entropy bonus it may be sure of a wrong action before the model is right, and then gets no gradient any more.
     """
     script, (game, wanted, flags) = __import__(name), LEARN[name]
-    flags = f"--env-id toy_envs:{game}-v0 --eval-every 0 --no-cuda {flags}"
+    flags = f"--env-id toy_envs:{game}-v0 --eval-every 0 --no-cuda --no-amp {flags}"
     run_script(script, *flags.split(), cwd=tmp_path, timeout=3000)
     result = run_script(script, "--evaluate", only_run(tmp_path), "--eval-episodes", "40", cwd=tmp_path, timeout=600)
     mean = float(re.search(r": (-?[\d.]+) ±", result.stdout).group(1))
@@ -52,7 +52,7 @@ def test_learns_to_follow_in_its_dream(flags, tmp_path):
     Perfect play returns 9.2, random play 2.
     """
     script = __import__("worldmodels_v1")
-    flags = f"--env-id toy_envs:Follow-v0 --no-cuda {STAGES} {flags}"
+    flags = f"--env-id toy_envs:Follow-v0 --no-cuda --no-amp {STAGES} {flags}"
     run_script(script, *flags.split(), cwd=tmp_path, timeout=3000)
     values = {key: float(value) for _, key, value in metrics(only_run(tmp_path))[1:]}
     assert values["eval/latent_loss"] < values["eval/latent_loss_copy"] - 0.1

@@ -387,6 +387,18 @@ def test_all_dreams_at_once_equal_one_candidate_at_a_time(flags):
     close(whole[[4, 1]], returns(params[[4, 1]]).numpy(), 1e-4, 1e-4)
 
 
+def test_dreams_in_bfloat16_return_nearly_the_same():
+    returns = []
+    for flag in ("--no-amp", "--amp"):
+        torch.manual_seed(3)
+        agent = make_agent(flag, gym.spaces.Discrete(3))
+        params = torch.randn(40, agent.behaviour.params.numel())
+        start = torch.randn(8, 2 * agent.args.deter) / 2, torch.randn(8, agent.args.stoch)
+        returns.append(script.dream_returns(agent, params, start, 5))
+    assert not torch.equal(*returns)
+    assert torch.corrcoef(torch.stack(returns))[0, 1] > 0.99
+
+
 def test_a_batched_dream_is_the_gymnasium_dream():
     """One dream, in both: same states, same rewards, same end."""
     agent = make_agent("--dream-context 0", gym.spaces.Discrete(2))
@@ -471,7 +483,7 @@ def test_shape_comments(flags):
 
 def test_frames_that_are_not_drawn_change_nothing():
     pytest.importorskip("Box2D")
-    args = script.parse_args("--env-id CarRacing-v3 --quick --no-cuda".split())
+    args = script.parse_args("--env-id CarRacing-v3 --quick --no-cuda --no-amp".split())
     plain, fast = script.make_env(args), script.make_env(args)
     fast.env.env, fast.env.repeat = script.Undrawn(fast.env.env, args.action_repeat), 1
     first = [env.reset(seed=4)[0] for env in (plain, fast)]
