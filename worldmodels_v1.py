@@ -662,6 +662,11 @@ def mdn_sample(logits, mean, log_std, uniform, normal, temperature):
     return mean + log_std.exp() * math.sqrt(temperature) * normal
 
 
+def tanh(x):
+    """From the sigmoid, which a CPU computes several times as fast."""
+    return 2 * (2 * x).sigmoid() - 1
+
+
 def decayed(rate, decay, update):
     """Learning rate of an update, which falls to 1e-5."""
     return (rate - 1e-5) * decay**update + 1e-5
@@ -740,14 +745,14 @@ class LSTM(nn.Module):
     def forward(self, inputs, state, mask=None):
         """The inputs' share, state (B, D) = h, c, what the candidates are multiplied with -> state."""
         h, c = state.chunk(2, -1)
-        gates = torch.addmm(inputs, h, self.weight[self.inp :])
+        gates = torch.addmm(inputs, h, self.weight[self.inp :]).to(c.dtype)
         if self.layer_norm:
             gates = self.norm(gates.unflatten(-1, (4, -1)), slice(4)).flatten(-2)
         i, j, f, o = gates.chunk(4, -1)
-        j = j.tanh() if mask is None else j.tanh() * mask
+        j = tanh(j) if mask is None else tanh(j) * mask
         c = (f + 1).sigmoid() * c + i.sigmoid() * j
         c = self.norm(c, 4) if self.layer_norm else c
-        return torch.cat([c.tanh() * o.sigmoid(), c], -1)
+        return torch.cat([tanh(c) * o.sigmoid(), c], -1)
 
 
 # === World model ======================================================================================================
