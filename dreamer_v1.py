@@ -1526,7 +1526,7 @@ def set_random_states(states, rng, device):
     random.setstate(states["python"])
     rng.bit_generator.state = states["sampling"]
     torch.set_rng_state(states["torch"].cpu())
-    if device.type == "cuda":
+    if device.type == "cuda" and states["cuda"] is not None:
         torch.cuda.set_rng_state(states["cuda"].cpu(), device)
 
 
@@ -1672,6 +1672,7 @@ def train(args):
         episode, episode_return, episode_length = (x.cpu().numpy() for x in own["episodes"])
         restore_envs(envs, replay, agent, rank * num_envs, args.seed, episode, episode_length)
         set_random_states(own["random"], rng, device)
+        state = True  # what it held is in place
     frame = step * args.action_repeat
     log = start_log(args, run, frame, agent, replay) if rank == 0 else None
     act, update, batch = Graph(agent.act, device), Graph(agent.update, device), None
@@ -1788,6 +1789,7 @@ def train(args):
         if not signals:
             raise Failure(f"the process of an environment died at frame {frame}; --resume {run} continues") from None
     finally:
+        act = update = None  # their graphs hold operations of the group of processes
         bar.close()
         gym.logger.min_level = 50  # it warns when a step is pending
         try:

@@ -33,7 +33,8 @@ state and 1M from pixels), which PRESETS["dmc"] follows so that ours can be laid
 configuration (DMC: action repeat 1, 1m and ratio 1024 from state, 200m and ratio 256 from pixels), reached by
 `--obs state --size 1m --train-ratio 1024` or `--size 200m --train-ratio 256`, with `--action-repeat 1 --num-envs 16`.
 
-Not copied from the authors' code: latents are written back at once, not an update late; from state nothing is rendered.
+Not copied from the authors' code: on a CPU latents are written back before the next batch is read, not an update late;
+from state nothing is rendered.
 
 Shapes: B batch, T time, H imagination horizon, N = B*T starts of imagination, A action, D deter, S stoch variables,
 K classes of each, E embed, F = D + S*K feat, G blocks, R = H + 1, L = T - 1, X bins. Arrays are (B, T, ...).
@@ -665,7 +666,7 @@ def twohot_mean(logit):
     """
     bins, half = twohot_bins(logit.shape[-1], logit.device), logit.shape[-1] // 2
     probs = logit.softmax(-1)
-    return (probs[..., half + 1 :] - probs[..., :half].flip(-1)) @ bins[half + 1 :]
+    return ((probs[..., half + 1 :] - probs[..., :half].flip(-1)) * bins[half + 1 :]).sum(-1)  # @ would be bfloat16
 
 
 def twohot_loss(logit, *targets):
@@ -1623,7 +1624,7 @@ def set_random_states(states, rng, device):
     random.setstate(states["python"])
     rng.bit_generator.state = states["sampling"]
     torch.set_rng_state(states["torch"].cpu())
-    if device.type == "cuda":
+    if device.type == "cuda" and states["cuda"] is not None:
         torch.cuda.set_rng_state(states["cuda"].cpu(), device)
 
 
@@ -1769,6 +1770,7 @@ def train(args):
         episode, episode_return, episode_length = (x.cpu().numpy() for x in own["episodes"])
         restore_envs(envs, replay, agent, rank * num_envs, args.seed, episode, episode_length)
         set_random_states(own["random"], rng, device)
+        state = True  # what it held is in place
     frame = step * args.action_repeat
     log = start_log(args, run, frame, agent, replay) if rank == 0 else None
     act, update, batch = Graph(agent.act, device), Graph(agent.update, device), None
@@ -1883,6 +1885,7 @@ def train(args):
         if not signals:
             raise Failure(f"the process of an environment died at frame {frame}; --resume {run} continues") from None
     finally:
+        act = update = None  # their graphs hold operations of the group of processes
         bar.close()
         gym.logger.min_level = 50  # it warns when a step is pending
         try:

@@ -857,7 +857,7 @@ class Transformer(nn.Module):
         pasts = []
         for i, block in enumerate(self.blocks):
             if self.remat and torch.is_grad_enabled():
-                x, kept = rematerialise(block, x, use_reentrant=False)
+                x, kept = rematerialise(block, x, use_reentrant=False, preserve_rng_state=False)
             else:
                 x, kept = block(x, past and past[i])
             pasts.append(kept)
@@ -894,7 +894,8 @@ class VQ(nn.Module):
     def forward(self, x):
         """(..., D) -> code (..., D) with straight-through gradient, its index (...), loss."""
         x, codes = F.normalize(self.centred(x.float()), dim=-1), self.codes()
-        index = (x @ codes.T).argmax(-1)
+        with torch.autocast(x.device.type, enabled=False):  # in bfloat16 the nearest would often be another
+            index = (x @ codes.T).argmax(-1)
         code = F.embedding(index, codes)
         loss = (code - x.detach()).square().mean() + self.commitment * (x - code.detach()).square().mean()
         return x + (code - x).detach(), index, loss
@@ -937,14 +938,14 @@ class FSQ(nn.Module):
                 levels, rest = [*levels, level], rest // level
         if rest > 1:
             raise Failure(f"--quantizer fsq: {codes} codes are no product of 2, 3, 4 and 5")
-        self.dim = len(levels)
+        self.count, self.dim = codes, len(levels)
         base = [math.prod(levels[:i]) for i in range(len(levels))]
         self.register_buffer("levels", torch.tensor(levels), persistent=False)
         self.register_buffer("base", torch.tensor(base), persistent=False)
 
     def codes(self):
         """All codes (V, D)."""
-        index = torch.arange(int(self.levels.prod()), device=self.levels.device).unsqueeze(-1)
+        index = torch.arange(self.count, device=self.levels.device).unsqueeze(-1)
         return 2 * (index // self.base % self.levels) / (self.levels - 1) - 1
 
     def forward(self, x):
@@ -1265,7 +1266,7 @@ class Agent(nn.Module):
             for p, values in zip(self.params[name], saved["state"].values(), strict=False):
                 values |= {key: like(value, p) for key, value in values.items() if value.shape == p.shape}
             for group in saved["param_groups"]:
-                group["lr"] = group["lr"].to(self.device)
+                group |= dict(lr=group["lr"].to(self.device), capturable=self.device.type == "cuda")
             self.optimizers[name].load_state_dict(saved)
 
     def load_state_dict(self, state, **options):
@@ -1770,7 +1771,9 @@ def train(args):
                     checkpoint()
                     saved_at = time.time()
         clips.open(args.clip_length)
-        functions = {name: Graph(getattr(agent, f"update_{name}"), device) for name in STAGES}
+        functions = {name: getattr(agent, f"update_{name}") for name in STAGES}
+        if not args.shard:  # gathering shares cannot be captured
+            functions = {name: Graph(function, device) for name, function in functions.items()}
         total = args.clip_length * (args.tokenizer_steps * args.tokenizer_batch_size + args.steps * args.batch_size)
         bar = tqdm(total=total, initial=frame, unit="frames", disable=rank > 0, smoothing=0.05)
         row_at, batch = (time.time(), frame), None
@@ -1832,6 +1835,7 @@ def train(args):
         checkpoint()
         raise Failure(f"{error}; saved: --resume {run} continues") from None
     finally:
+        functions = {}  # their graphs hold operations of the group of processes
         if bar:
             bar.close()
     return run

@@ -1280,7 +1280,7 @@ def set_random_states(states, rng, device):
     random.setstate(states["python"])
     rng.bit_generator.state = states["sampling"]
     torch.set_rng_state(states["torch"].cpu())
-    if device.type == "cuda":
+    if device.type == "cuda" and states["cuda"] is not None:
         torch.cuda.set_rng_state(states["cuda"].cpu(), device)
 
 

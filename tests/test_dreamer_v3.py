@@ -596,6 +596,14 @@ def test_losses_see_no_episode_through_its_end(small):
     assert torch.equal(states[0][:, 3:], states[1][:, 3:])
 
 
+def test_means_and_losses_are_float32_under_autocast():
+    logit, target = torch.randn(50, 255), torch.randn(50)
+    exact = script.twohot_mean(logit), script.twohot_loss(logit, target)
+    with torch.autocast("cpu", torch.bfloat16):
+        half = script.twohot_mean(logit), script.twohot_loss(logit, target)
+    assert all(torch.equal(a, b) for a, b in zip(exact, half, strict=True))
+
+
 def test_bfloat16_gives_the_same_gradients(small):
     """Autocast, as on a GPU, against float32."""
     agent, data, noise = small

@@ -40,10 +40,10 @@ def same_runs(one, two):
         assert (one / "replay" / name).read_bytes() == (two / "replay" / name).read_bytes(), name
 
 
-@pytest.mark.parametrize("num_envs", [1, 4])
+@pytest.mark.parametrize("more", ["--num-envs 1", "--num-envs 4", "--amp"])
 @pytest.mark.parametrize("env_id", [pytest.param(x, marks=[pytest.mark.slow] * (x != "CartPole-v1")) for x in TASKS])
-def test_two_halves_equal_the_whole(script, env_id, num_envs, tmp_path):
-    flags = ["--env-id", env_id, "--num-envs", num_envs, *tiny(script)]
+def test_two_halves_equal_the_whole(script, env_id, more, tmp_path):
+    flags = ["--env-id", env_id, *tiny(script), *more.split()]
     for name in ("whole", "halves"):
         (tmp_path / name).mkdir()
     run_script(script, *flags, *TASKS[env_id](2 * N).split(), cwd=tmp_path / "whole")
