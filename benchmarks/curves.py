@@ -86,21 +86,21 @@ def draw(script, runs, path):
     tasks = sorted({(args["env_id"], args["obs"]) for args, *_ in runs}, key=str)
     figure, panels = start_figure(script, len(tasks))
     for panel, task in zip(panels, tasks, strict=True):
-        for args, points in runs:
-            if (args["env_id"], args["obs"]) != task:
-                continue
+        runs_of_task = [run for run in runs if (run[0]["env_id"], run[0]["obs"]) == task]
+        end = max(frame for _, points in runs_of_task for frame, _ in points["charts/episodic_return"])
+        curve = {frame: values for frame, values in published(runs_of_task[0][0]).items() if frame <= 2 * end}
+        if curve:
+            frames = sorted(curve)
+            means, stds = ([curve[frame][i] for frame in frames] for i in (0, 1))
+            lower, upper = ([m + s * d for m, d in zip(means, stds, strict=True)] for s in (-2, 2))
+            panel.fill_between(frames, lower, upper, color="0.85")
+            panel.plot(frames, means, color="0.5", label="published, mean ± 2 std")
+        for args, points in runs_of_task:
             training, evaluation = points["charts/episodic_return"], points["eval/episodic_return"]
-            end = max(frame for frame, _ in training)
-            curve = {frame: values for frame, values in published(args).items() if frame <= 2 * end}
-            if curve:
-                frames = sorted(curve)
-                means, stds = ([curve[frame][i] for frame in frames] for i in (0, 1))
-                lower, upper = ([m + s * d for m, d in zip(means, stds, strict=True)] for s in (-2, 2))
-                panel.fill_between(frames, lower, upper, color="0.85")
-                panel.plot(frames, means, color="0.5", label="published, mean ± 2 std")
-            panel.plot(*zip(*training, strict=True), ".", markersize=2, alpha=0.4, label="training episodes")
+            name = f"seed {args['seed']}" + (f", size {args['size']}" if "size" in args else "")
+            (dots,) = panel.plot(*zip(*training, strict=True), ".", markersize=3, alpha=0.5, label=f"training, {name}")
             if evaluation:
-                panel.plot(*zip(*evaluation, strict=True), "o-", label=f"evaluations, seed {args['seed']}")
+                panel.plot(*zip(*evaluation, strict=True), "o-", color=dots.get_color(), label=f"evaluation, {name}")
         panel.set_title(f"{task[0]} ({task[1] or 'as it is'})")
         panel.set_xlabel("environment frames")
         panel.set_ylabel("return")
