@@ -894,7 +894,7 @@ class VQ(nn.Module):
     def forward(self, x):
         """(..., D) -> code (..., D) with straight-through gradient, its index (...), loss."""
         x, codes = F.normalize(self.centred(x.float()), dim=-1), self.codes()
-        with torch.autocast(x.device.type, enabled=False):  # in bfloat16 the nearest would often be another
+        with torch.autocast("cuda" if x.is_cuda else "cpu", enabled=False):  # bfloat16 would often choose another
             index = (x @ codes.T).argmax(-1)
         code = F.embedding(index, codes)
         loss = (code - x.detach()).square().mean() + self.commitment * (x - code.detach()).square().mean()

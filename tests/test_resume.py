@@ -40,7 +40,7 @@ def same_runs(one, two):
         assert (one / "replay" / name).read_bytes() == (two / "replay" / name).read_bytes(), name
 
 
-@pytest.mark.parametrize("more", ["--num-envs 1", "--num-envs 4", "--amp"])
+@pytest.mark.parametrize("more", ["--num-envs 1", "--num-envs 4", "--num-envs 1 --amp"])
 @pytest.mark.parametrize("env_id", [pytest.param(x, marks=[pytest.mark.slow] * (x != "CartPole-v1")) for x in TASKS])
 def test_two_halves_equal_the_whole(script, env_id, more, tmp_path):
     flags = ["--env-id", env_id, *tiny(script), *more.split()]
