@@ -384,7 +384,8 @@ def main():
     if options.out:
         device = (result["machine"]["gpu"] or "cpu").lower().replace(" ", "-")
         kind = "compiled" if options.compile else "eager"
-        kind += "_bf16" if options.amp and device == "cpu" else ""
+        if device == "cpu":
+            kind += "_bf16" * options.amp + f"_{options.threads}threads" * (options.threads > 1)
         path = f"{options.out}/throughput_{script.__name__}_{device}_{kind}_{result['machine']['date']}.json"
         with open(path, "w") as file:
             json.dump(result, file, indent=1)
