@@ -2,10 +2,9 @@
 
 Authors' code: github.com/danijar/dreamerv3 at e3f0224. Where paper and code disagree, the line concerned says so.
 
-    python dreamer_v3.py --env-id dmc-walker-walk                       # train, from pixels
-    python dreamer_v3.py --env-id dmc-walker-walk --obs state --size 1m # train, from joint angles, on a CPU
-    python dreamer_v3.py --resume runs/<run>                            # go on exactly where it stopped
-    python dreamer_v3.py --evaluate runs/<run> | --play runs/<run>      # score it | act inside its dream
+    python dreamer_v3.py --env-id dmc-walker-walk                        # train, from pixels
+    python dreamer_v3.py --env-id dmc-walker-walk --obs state --size 1m  # train on a CPU, from joint angles
+    python dreamer_v3.py --resume runs/<run>                             # continue; --evaluate runs/<run> scores it
 
 The agent learns a world model (encoder, recurrent state-space model, decoder, reward and continue heads) from replayed
 sequences, and an actor and a critic from sequences that the model imagines. One set of hyper-parameters for all tasks.
@@ -19,48 +18,35 @@ What changed since dreamer_v2.py:
  [C6] REINFORCE for all actions, returns scaled by their 5th to 95th percentile, a fixed entropy bonus, bounded normal.
  [C7] Returns from the online critic; its slow average regularises it; the critic learns on replayed sequences too.
  [C8] The continue head's prediction applies to the start of imagination too; returns start with the next reward.
- [C9] One optimizer for everything: adaptive gradient clipping, LaProp, warm-up.
-[C10] Truncated-normal initialisation by fan-in; reward and critic heads start at zero, the actor's near it.
-[C11] Replay: sequences of one step more that start from stored latents, refreshed after each update; new ones first.
-[C12] Train ratio instead of a fixed schedule, no random prefill, no pretraining; model sizes from 1m to 400m.
-Gone with them: tanh_rewards, normal_loss [C1]; layer_norm, LayerNorm [C2]; gaussian, kl_gaussian [C3]; kl_scale,
-kl_balance, balance_kl [C4]; Deconv [C5]; actor_gradient, actor_gradient_mix [C6]; critic, slow_critic_every [C7];
-discount, predict_continue, continue_scale [C8]; Adam, model_rate, actor_rate, critic_rate, epsilon, weight_decay [C9];
-prioritise_ends [C11]; train_every, prefill, pretrain [C12]; of the ablations representation_from, behaviour_from.
+ [C9] One optimizer for everything: adaptive gradient clipping, LaProp, warm-up; truncated-normal initialisation.
+[C10] Replay: sequences of one step more that start from stored latents, refreshed after each update; new ones first.
+[C11] Train ratio instead of a fixed schedule, no random prefill, no pretraining; model sizes from 1m to 400m.
 
-Two protocols: the published curves (DMC: action repeat 2, train ratio 512, size 12m, 5 to 10 seeds, 500k frames from
-state and 1M from pixels), which PRESETS["dmc"] follows so that ours can be laid over them, and the authors' current
-configuration (DMC: action repeat 1, 1m and ratio 1024 from state, 200m and ratio 256 from pixels), reached by
-`--obs state --size 1m --train-ratio 1024` or `--size 200m --train-ratio 256`, with `--action-repeat 1 --num-envs 16`.
-
-Not copied from the authors' code: on a CPU latents are written back before the next batch is read, not an update late;
-from state nothing is rendered.
+Not copied from the authors' code: on a CPU, latents are written back before the next batch is read, not an update late;
+observations of classes are one-hot vectors with a squared error, not a cross entropy; from state nothing is rendered.
 
 Shapes: B batch, T time, H imagination horizon, N = B*T starts of imagination, A action, D deter, S stoch variables,
-K classes of each, E embed, F = D + S*K feat, G blocks, R = H + 1, L = T - 1, X bins. Arrays are (B, T, ...).
+K classes of each, E embed, F = D + S*K feat, G blocks, X bins, L = T - 1, P = H + 1. Arrays are (B, T, ...).
 """
 
-import base64
-import csv
+import ast
 import ctypes
 import dataclasses
-import http.server
+import importlib.util
 import io
+import itertools
 import json
 import math
 import multiprocessing
 import os
-import random
 import re
 import shutil
 import signal
 import sys
-import sysconfig
 import time
-import traceback
-import urllib.parse
 from ctypes.util import find_library
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from datetime import timedelta
 from typing import Literal
 
 import cv2
@@ -83,577 +69,355 @@ from tqdm import tqdm
 @dataclass
 class Args:
     # General
-    exp_name: str = os.path.basename(__file__).removesuffix(".py")
-    """name of the experiment, part of the run directory's name"""
-    seed: int = 1
-    """seed of parameters, environments and sampling"""
-    torch_deterministic: bool = True
-    """use PyTorch's deterministic algorithms for convolutions"""
-    cuda: bool = True
-    """use the GPU if there is one"""
-    track: bool = False
-    """log to Weights & Biases too (pip install wandb)"""
-    wandb_project_name: str = "world-models"
-    """Weights & Biases: project"""
-    wandb_entity: str | None = None
-    """Weights & Biases: team"""
-    capture_video: bool = False
-    """write mp4 files: of an episode at each evaluation; with --play, of a dream instead of opening the page"""
-    resume: str | None = None
-    """run directory to continue; other flags given with it override what the run was started with"""
-    evaluate: str | None = None
-    """run directory whose agent is scored over --eval-episodes episodes"""
-    play: str | None = None
-    """run directory whose world model is opened in a browser page, where you act"""
-    run_dir: str = "runs"
-    """where run directories are made"""
-    eval_every: int = 50_000
-    """frames between evaluations and open-loop videos; 0 for none"""
-    eval_episodes: int = 10
-    """episodes of one evaluation, all at once in as many environments; 0 for none during training"""
-    log_every: int = 1_000
-    """frames between two rows of metrics"""
-    save_every: float = 10
-    """minutes between checkpoints"""
-    compile: bool = torch.cuda.is_available()
-    """torch.compile the model's parts, which takes a C++ compiler and Python's headers; default: with a GPU"""
-    amp: bool = torch.cuda.is_available()
-    """bfloat16 for the networks; parameters, losses and distributions stay float32; default: with a GPU"""
+    exp_name: str = os.path.basename(__file__).removesuffix(".py")  # part of the run directory's name
+    seed: int = 1  # of parameters, environments and sampling
+    torch_deterministic: bool = True  # PyTorch's deterministic algorithms for convolutions
+    cuda: bool = True  # use the GPU if there is one
+    track: bool = False  # log to Weights & Biases too (pip install wandb)
+    wandb_project_name: str = "world-models"  # Weights & Biases: project
+    wandb_entity: str | None = None  # Weights & Biases: team
+    capture_video: bool = False  # write an mp4 of one episode at each evaluation
+    resume: str | None = None  # run directory to continue; other flags override what it was started with
+    evaluate: str | None = None  # run directory whose agent is scored over --eval-episodes episodes
+    run_dir: str = "runs"  # where run directories are made
+    eval_every: int = 50_000  # frames between evaluations and open-loop videos; 0 for none
+    eval_episodes: int = 10  # of one evaluation, all at once in as many environments
+    log_every: int = 1_000  # frames between rows of metrics
+    save_every: int = 5_000  # frames between checkpoints
+    compile: bool = torch.cuda.is_available()  # torch.compile the model's parts; default: with a GPU
+    amp: bool = torch.cuda.is_available()  # networks in bfloat16, all else in float32; default: with a GPU
 
     # Environment
-    env_id: str = "dmc-walker-walk"
-    """dmc-<domain>-<task>, atari-<game>, any Gymnasium id, or <module>:<id> to import the module first"""
-    total_timesteps: int = 1_000_000
-    """environment frames to train for, frames skipped by action repeat included"""
-    num_envs: int = 1
-    """environments that are stepped together"""
-    action_repeat: int = 1
-    """frames for which each action is held; rewards are summed"""
-    obs: Literal["pixels", "state", "both"] | None = None
-    """what is observed; default: what the environment returns"""
-    image_size: int = 64
-    """height and width to which images are resized"""
-    time_limit: int | None = None
-    """frames after which an episode is cut; default: the environment's own limit"""
+    env_id: str = "dmc-walker-walk"  # dmc-<domain>-<task>, atari-<game>, a Gymnasium id, or <module>:<id>
+    env_kwargs: list[str] = field(default_factory=list)  # name=value ..., what the environment's constructor is given
+    total_timesteps: int = 1_000_000  # environment frames to train for, those skipped by action repeat included
+    num_envs: int = 1  # environments that are stepped together
+    action_repeat: int = 1  # frames for which each action is held; rewards are summed
+    obs: Literal["pixels", "state", "both"] | None = None  # what is observed; default: all that the environment returns
+    image_size: int = 64  # height and width to which images are resized; a multiple of 16
+    time_limit: int | None = None  # frames after which an episode is cut; default: the environment's own limit
 
     # DreamerV3. Defaults: the authors' configs.yaml, unless said otherwise
-    size: Literal["1m", "12m", "25m", "50m", "100m", "200m", "400m"] = "200m"
-    """[C12] model size: sets the five fields that follow"""
-    deter: int | None = None
-    """[C12] units of the recurrent state"""
-    hidden: int | None = None
-    """[C12] units of the layers inside the RSSM"""
-    classes: int | None = None
-    """[C12] classes of each stochastic variable"""
-    depth: int | None = None
-    """[C12] channels of the convolutions, times 2, 3, 4, 4"""
-    units: int | None = None
-    """[C12] units of all other layers"""
-    stoch: int = 32
-    """[C3] categorical variables of the stochastic state"""
-    blocks: int = 8
-    """[C2] blocks of the GRU's block-diagonal layers"""
-    decoder_blocks: int = 8
-    """[C5] blocks of the layer from deter to the decoder's first map"""
-    unimix: float = 0.01
-    """[C3] uniform share of the latents' probabilities"""
-    bins: int = 255
-    """[C1] bins of reward and value; odd"""
-    dyn_scale: float = 1.0
-    """[C4] scale of the dynamics loss, which moves the prior to the posterior"""
-    rep_scale: float = 0.1
-    """[C4] scale of the representation loss, which moves the posterior to the prior"""
-    free_nats: float = 1.0
-    """[C4] nats below which a step's KL gives no gradient"""
-    replay_critic_scale: float = 0.3
-    """[C7] scale of the critic's loss on replayed sequences"""
-    slow_critic_rate: float = 0.02
-    """[C7] rate of the critic's slow average, per update"""
-    return_rate: float = 0.01
-    """[C6] rate of the return percentiles' average, per update"""
-    entropy_scale: float = 3e-4
-    """[C6] scale of the actor's entropy bonus"""
-    imagination_horizon: int = 15
-    """steps imagined from each state"""
-    discount_horizon: float = 333
-    """[C8] steps; the discount is 1 - 1 / this"""
-    lmbda: float = 0.95
-    """mixing of n-step returns"""
-    learning_rate: float = 4e-5
-    """[C9] of the one optimizer"""
-    warmup: int = 1000
-    """[C9] updates over which the learning rate rises from 0"""
-    clip: float = 0.3
-    """[C9] largest ratio of a gradient's norm to its parameter's"""
-    batch_size: int = 16
-    """sequences of a batch"""
-    batch_length: int = 64
-    """[C12] steps of a sequence"""
-    train_ratio: float = 32
-    """[C12] replayed steps per step of the agent"""
-    replay_size: int = 5_000_000
-    """[C12] steps that the replay holds"""
+    size: Literal["1m", "12m", "25m", "50m", "100m", "200m", "400m"] = "200m"  # sets the five that follow
+    deter: int | None = None  # units of the recurrent state
+    hidden: int | None = None  # units of the layers inside the RSSM
+    classes: int | None = None  # classes of each stochastic variable
+    depth: int | None = None  # channels of the convolutions, times 2, 3, 4, 4
+    units: int | None = None  # units of all other layers
+    stoch: int = 32  # categorical variables of the stochastic state
+    blocks: int = 8  # blocks of the GRU's block-diagonal layers; divides --deter
+    decoder_blocks: int = 8  # blocks of the layer from deter to the decoder's first map; divides --deter
+    unimix: float = 0.01  # uniform share of the latents' probabilities
+    bins: int = 255  # of reward and value; odd
+    dyn_scale: float = 1.0  # of the dynamics loss, which moves the prior to the posterior
+    rep_scale: float = 0.1  # of the representation loss, which moves the posterior to the prior
+    free_nats: float = 1.0  # nats below which a step's KL gives no gradient
+    replay_critic_scale: float = 0.3  # of the critic's loss on replayed sequences
+    slow_critic_rate: float = 0.02  # of the critic's slow average, per update
+    return_rate: float = 0.01  # of the return percentiles' average, per update
+    entropy_scale: float = 3e-4  # of the actor's entropy bonus
+    imagination_horizon: int = 15  # steps imagined from each state
+    discount_horizon: int = 333  # steps; the discount is 1 - 1 / this
+    lmbda: float = 0.95  # mixing of n-step returns
+    learning_rate: float = 4e-5  # of the one optimizer
+    warmup: int = 1000  # updates over which the learning rate rises from 0
+    clip: float = 0.3  # largest ratio of a gradient's norm to its parameter's
+    batch_size: int = 16  # sequences of a batch
+    batch_length: int = 64  # steps of a sequence
+    train_ratio: float = 32  # replayed steps per step of the agent
+    replay_size: int = 5_000_000  # steps that the replay holds
 
 
-SIZES = {  # [C12] arXiv:2301.04104v2, Table 3, and size1m from the authors' configs.yaml
-    "1m": dict(deter=512, hidden=64, classes=4, depth=4, units=64),
-    "12m": dict(deter=2048, hidden=256, classes=16, depth=16, units=256),
-    "25m": dict(deter=3072, hidden=384, classes=24, depth=24, units=384),
-    "50m": dict(deter=4096, hidden=512, classes=32, depth=32, units=512),
-    "100m": dict(deter=6144, hidden=768, classes=48, depth=48, units=768),
-    "200m": dict(deter=8192, hidden=1024, classes=64, depth=64, units=1024),
-    "400m": dict(deter=12288, hidden=1536, classes=96, depth=96, units=1536),
+WIDTHS = {"1m": 64, "12m": 256, "25m": 384, "50m": 512, "100m": 768, "200m": 1024, "400m": 1536}
+SIZES = {  # Table 3 (arXiv:2301.04104v2), and size1m of the authors' configs.yaml
+    size: dict(deter=8 * width, hidden=width, classes=width // 16, depth=width // 16, units=width)
+    for size, width in WIDTHS.items()
 }
-PRESETS = {  # [C12] by the first word of --env-id, then by that word and --obs
+LARGE = dict(num_envs=16, eval_every=1_000_000, save_every=250_000)
+PRESETS = {  # by the first word of --env-id, then by that word and --obs
     "dmc": dict(obs="pixels", action_repeat=2, num_envs=8, size="12m", train_ratio=512),
     "dmc-state": dict(total_timesteps=500_000),
-    "atari": dict(total_timesteps=200_000_000, action_repeat=4, num_envs=16, image_size=96, train_ratio=32),
-    "atari100k": dict(total_timesteps=400_000, action_repeat=4, num_envs=1, train_ratio=256),
-    "crafter": dict(total_timesteps=1_000_000, num_envs=1, train_ratio=512),
-    "procgen": dict(total_timesteps=100_000_000, num_envs=16, image_size=96, train_ratio=64),
-    "minecraft": dict(total_timesteps=100_000_000, num_envs=16, train_ratio=32),
-    "dmlab": dict(total_timesteps=100_000_000, action_repeat=4, num_envs=16, train_ratio=32),
-    "bsuite": dict(total_timesteps=10_000_000, num_envs=1, train_ratio=1024),
-    "loconav": dict(total_timesteps=10_000_000, num_envs=16, train_ratio=256),
+    "atari": dict(total_timesteps=200_000_000, action_repeat=4, image_size=96, **LARGE),
+    "atari100k": dict(total_timesteps=400_000, action_repeat=4, train_ratio=256),
+    "crafter": dict(train_ratio=512),
+    "procgen": dict(total_timesteps=100_000_000, image_size=96, train_ratio=64, **LARGE),
+    "minecraft": dict(total_timesteps=100_000_000, **LARGE),
+    "dmlab": dict(total_timesteps=100_000_000, action_repeat=4, **LARGE),
+    "bsuite": dict(total_timesteps=10_000_000, train_ratio=1024, **LARGE | dict(num_envs=1)),
+    "loconav": dict(total_timesteps=10_000_000, train_ratio=256, **LARGE),
 }
-
-
 SCRIPT = Args().exp_name
-FIXED = ("seed", "env_id", "obs", "image_size", "action_repeat", "num_envs", "replay_size", "batch_length", "stoch")
-FIXED += ("bins", "size", "deter", "hidden", "classes", "depth", "units", "blocks", "decoder_blocks")  # [C12]
-
-
-class Failure(Exception):
-    """Something that the user has to put right: ends the run with one line and exit code 2."""
-
-
-class Interrupted(Failure):
-    """A failure from outside: what was learnt until then is saved first."""
 
 
 def parse_args(argv=None):
-    """Command line -> Args: defaults, then the run's own or the suite's preset, then the flags that were given.
-    Changed from dreamer_v2.py: [C12]"""
-    argv = sys.argv[1:] if argv is None else list(argv)
-    presets = "\n".join(f"    {name}: {show(preset)}" for name, preset in PRESETS.items())
-    text = f"{__doc__}\nPresets by the first word of --env-id:\n{presets}"
-    cli = lambda default: tyro.cli(Args, args=argv, default=default, description=text)  # noqa: E731
-    args = cli(Args())
-    run = args.resume or args.evaluate or args.play
+    """Command line -> Args: defaults, then the suite's preset or what the run was started with, then the flags."""
+    text = "\n".join([__doc__, "Presets by suite:", *(f"    {suite}: {preset}" for suite, preset in PRESETS.items())])
+    args = tyro.cli(Args, args=argv, description=text)
+    suite = re.split("[-:/]", args.env_id)[0].rpartition(".")[2].lower()
+    given, run = PRESETS.get(suite, {}), args.resume or args.evaluate
+    given = given | PRESETS.get(f"{suite}-{args.obs or given.get('obs')}", {})
     if run:
-        try:
-            with open(os.path.join(run, "args.json")) as file:
-                saved = json.load(file)
-        except (OSError, ValueError) as error:
-            raise Failure(f"{run} is not a run directory: {error}") from None
-        known = {field.name for field in dataclasses.fields(Args)}
-        if saved.pop("script", None) != SCRIPT or set(saved) - known:
-            raise Failure(f"{run} was not made by this version of {SCRIPT}.py")
-        args = cli(Args(**saved | dict(resume=None, evaluate=None, play=None)))
-        fixed = [name for name in FIXED if getattr(args, name) != saved[name]]
-        if args.resume and fixed:
-            raise Failure(f"{run} was started with other values of {fixed}: they cannot change on --resume")
-    else:
-        preset = PRESETS.get(suite(args.env_id), {})
-        obs = args.obs or preset.get("obs")
-        args = cli(dataclasses.replace(Args(), **preset | PRESETS.get(f"{suite(args.env_id)}-{obs}", {})))
+        if not os.path.exists(f"{run}/args.json"):
+            sys.exit(f"{run} is no run directory: it has no args.json")
+        with open(f"{run}/args.json") as file:
+            given = json.load(file) | dict(resume=None, evaluate=None)
+        if given.pop("script") != SCRIPT:
+            sys.exit(f"{run} is a run of another script than {SCRIPT}.py")
+    args = tyro.cli(Args, args=argv, default=Args(**given), description=text)
     for name, value in SIZES[args.size].items():
         if getattr(args, name) is None:
             setattr(args, name, value)
+    for name, value in vars(args).items():
+        least = 0 if isinstance(value, float) or name in ("seed", "eval_every", "warmup") else 1
+        if type(value) in (int, float) and not least <= value < math.inf:
+            sys.exit(f"--{name.replace('_', '-')} {value}: the least is {least}")
     if args.image_size % 16 or args.deter % args.blocks or args.deter % args.decoder_blocks or args.bins % 2 == 0:
-        raise Failure(
-            f"--image-size {args.image_size} must be a multiple of 16, --deter {args.deter} one of --blocks and of "
-            f"--decoder-blocks, --bins {args.bins} odd"
-        )
+        sys.exit("--image-size must be a multiple of 16, --deter of --blocks and --decoder-blocks, and --bins odd")
+    if args.track and not importlib.util.find_spec("wandb"):
+        sys.exit("--track needs Weights & Biases: pip install wandb")
     return args
-
-
-def show(values):
-    return " ".join(f"{name}={value}" for name, value in values.items() if value is not None)
-
-
-def suite(env_id):
-    """`dmc-walker-walk` -> `dmc`, `procgen:CoinRun-v0` -> `procgen`, `CarRacing-v3` -> `carracing`."""
-    return re.split(r"[-:/]", env_id.lower())[0]
 
 
 # === Environment ======================================================================================================
 
 FLAGS = ("is_first", "is_last", "is_terminal")
-NO_OPENGL = "rendering needs OpenGL, which is not installed: apt-get install libosmesa6 (or train with --obs state)"
+RESERVED = (*FLAGS, "reward", "action", "deter", "stoch")  # what the replay holds besides observations
+VECTORS = tuple(getattr(gym.spaces, kind) for kind in "Box Discrete MultiBinary MultiDiscrete Tuple Dict".split())
 
 
-def choose_opengl():
-    """The OpenGL library that MuJoCo is to render with; must be chosen before dm_control is imported."""
-    if "MUJOCO_GL" not in os.environ and sys.platform == "linux" and not os.environ.get("DISPLAY"):
-        egl = find_library("EGL") and (find_library("GL") or find_library("OpenGL"))
-        os.environ["MUJOCO_GL"] = "egl" if egl else "osmesa" if find_library("OSMesa") else "disable"
-    os.environ.setdefault("DISABLE_RENDER_THREAD_OFFLOADING", "1")
-    os.environ.setdefault("LP_NUM_THREADS", "0")  # software rendering: one core per environment
-    return os.environ.get("MUJOCO_GL") != "disable"
+def is_image(space):
+    """Whether a space holds pictures: uint8 (H, W), (H, W, C) or (C, H, W), with sides of at least 16."""
+    picture = isinstance(space, gym.spaces.Box) and len(space.shape) in (2, 3) and sorted(space.shape)[-2] >= 16
+    if picture and len(space.shape) == 3 and space.dtype.kind == "f":
+        sys.exit(f"the environment observes images of floats, {space.shape}: let it return bytes (uint8)")
+    return picture and space.dtype == np.uint8
 
 
-class DeepMindControl(gym.Env):
-    """A task of the DeepMind Control Suite, `<domain>-<task>`: observes float32 vectors, `image`, or both.
+class DictObservation(gym.Wrapper):
+    """A dict of any observations -> a dict of images, uint8 (size, size, C), and of vectors, float32 (n,)."""
 
-    Rewards are summed over `action_repeat` control steps; the last is rendered. Failure: unknown task, no OpenGL.
-    """
-
-    metadata = {"render_modes": ["rgb_array"]}
-    render_mode = "rgb_array"
-
-    def __init__(self, name, obs, image_size, action_repeat):
-        self.opengl = choose_opengl()
-        if obs != "state" and not self.opengl:
-            raise Failure(NO_OPENGL)
-        try:
-            from dm_control import suite as dmc
-        except ImportError as error:
-            raise Failure(f"cannot import dm_control ({error}): pip install -r requirements.txt") from None
-        except AttributeError:  # PyOpenGL, if the library that the user named is not there
-            raise Failure(f"MUJOCO_GL={os.environ['MUJOCO_GL']}: {NO_OPENGL}") from None
-        domain, _, task = name.replace("cup-", "ball_in_cup-", name.startswith("cup-")).partition("-")
-        if (domain, task) not in dmc.ALL_TASKS:
-            tasks = " ".join(f"dmc-{d}-{t}" for d, t in dmc.ALL_TASKS)
-            raise Failure(f"unknown task dmc-{name}; there are: {tasks}")
-        self.env = dmc.load(domain, task)
-        self.size, self.action_repeat, self.camera = image_size, action_repeat, 2 if domain == "quadruped" else 0
-        visual = self.env.physics.model.vis
-        visual.global_.offwidth = visual.global_.offheight = image_size
-        visual.quality.shadowsize = 1024  # the same picture as with 2048, in two thirds of the time
-        spec = self.env.action_spec()
-        self.action_space = gym.spaces.Box(spec.minimum.astype(np.float32), spec.maximum.astype(np.float32))
-        spaces = {k: gym.spaces.Box(-np.inf, np.inf, v.shape) for k, v in self.env.observation_spec().items()}
-        spaces = {} if obs == "pixels" else spaces
-        if obs != "state":
-            spaces["image"] = gym.spaces.Box(0, 255, (image_size, image_size, 3), np.uint8)
-        self.observation_space = gym.spaces.Dict(spaces)
-        try:  # here, where it can be reported, not in a process of its own
-            _ = self.render() if obs != "state" else None
-        except Exception as error:
-            raise Failure(f"{NO_OPENGL}; MuJoCo says: {' '.join(str(error).split())}") from None
-
-    def reset(self, *, seed=None, options=None):
-        super().reset(seed=seed)
-        if seed is not None:
-            self.env.task.random.seed(seed)
-        return self.observe(self.env.reset()), {}
-
-    def step(self, action):
-        reward = 0.0
-        for _ in range(self.action_repeat):
-            step = self.env.step(action)
-            reward += step.reward or 0.0
-            if step.last():
-                break
-        return self.observe(step), reward, step.last() and step.discount == 0, step.last() and step.discount != 0, {}
-
-    def observe(self, step):
-        spaces = self.observation_space.spaces
-        vectors = {k: np.asarray(v, np.float32) for k, v in step.observation.items() if k in spaces}
-        return vectors | ({"image": self.render()} if "image" in spaces else {})
-
-    def render(self):
-        if not self.opengl:
-            raise Failure(NO_OPENGL)
-        return self.env.physics.render(self.size, self.size, camera_id=self.camera)
-
-
-class Adapter(gym.Wrapper):
-    """Any environment -> a dict of images (uint8, H×W×C), vectors (float32), classes (int64); actions in [-1, 1]."""
-
-    def __init__(self, env, obs, image_size, action_repeat):
+    def __init__(self, env, obs, size):
         super().__init__(env)
-        self.size, self.repeat = image_size, action_repeat
-        space = env.observation_space
-        spaces = dict(space.spaces) if isinstance(space, gym.spaces.Dict) else {"observation": space}
-        images = {key for key, value in spaces.items() if value.dtype == np.uint8 and len(value.shape) in (2, 3)}
-        self.key = None if isinstance(space, gym.spaces.Dict) else "image" if images else "vector"
-        if self.key:
-            spaces, images = {self.key: space}, {self.key} if images else set()
-        self.rendered = obs in ("pixels", "both") and not images
-        if self.rendered:
-            if env.render_mode != "rgb_array":
-                raise Failure(f"--obs {obs}: {env} returns no images and cannot render any")
-            images, spaces["image"] = {"image"}, gym.spaces.Box(0, 255, (image_size, image_size, 3), np.uint8)
-        keep = set(spaces) if obs in (None, "both") else images if obs == "pixels" else set(spaces) - images
-        if not keep:
-            raise Failure(f"--obs {obs}: the environment observes only {sorted(spaces)}")
-        self.images = images & keep
-        self.observation_space = gym.spaces.Dict({k: self.space(k, v) for k, v in spaces.items() if k in keep})
-        action = env.action_space
-        if isinstance(action, gym.spaces.Discrete):
-            self.action_space = gym.spaces.Discrete(int(action.n))
-        elif isinstance(action, gym.spaces.Box) and np.issubdtype(action.dtype, np.floating):
-            self.action_space = gym.spaces.Box(-1, 1, (int(np.prod(action.shape)),))
-            finite = np.isfinite(action.low) & np.isfinite(action.high)
-            self.low, self.high = np.where(finite, action.low, -1), np.where(finite, action.high, 1)
-        else:
-            raise Failure(f"unsupported action space {action}; supported are Discrete and Box of floats")
-
-    def space(self, key, space):
-        if key in self.images:
-            channels = 1 if len(space.shape) == 2 else space.shape[2]
-            return gym.spaces.Box(0, 255, (self.size, self.size, channels), np.uint8)
-        if isinstance(space, gym.spaces.Box):
-            return gym.spaces.Box(-np.inf, np.inf, (int(np.prod(space.shape)),) if space.shape else ())
-        if isinstance(space, gym.spaces.Discrete):
-            return gym.spaces.Discrete(int(space.n))
-        raise Failure(f"unsupported observation {key!r}: {space}; supported are Box, Discrete and a Dict of them")
-
-    def observation(self, obs):
-        obs = {self.key: obs} if self.key else dict(obs)
-        if self.rendered:
-            obs["image"] = self.env.render()
-        for key, space in self.observation_space.spaces.items():
-            if key in self.images:
-                if obs[key].shape[:2] != space.shape[:2]:
-                    obs[key] = cv2.resize(obs[key], space.shape[:2], interpolation=cv2.INTER_AREA)
-                obs[key] = obs[key].reshape(space.shape)
-            elif isinstance(space, gym.spaces.Box):
-                obs[key] = np.asarray(obs[key], np.float32).reshape(space.shape)
-            else:
-                source = self.env.observation_space if self.key else self.env.observation_space[key]
-                obs[key] = np.int64(obs[key] - source.start)
-        return {key: obs[key] for key in self.observation_space.spaces}
+        self.parts, spaces = {}, {}
+        for key, part in env.observation_space.items():
+            name = re.sub(r"\W", "_", key)
+            while name in (*RESERVED, *self.parts):
+                name += "_"
+            self.parts[name] = key, part
+            if is_image(part) and obs != "state":
+                channels = min(part.shape) if len(part.shape) == 3 else 1
+                spaces[name] = gym.spaces.Box(0, 255, (size, size, channels), np.uint8)
+            elif isinstance(part, VECTORS) and not is_image(part) and obs != "pixels":
+                spaces[name] = gym.spaces.Box(-np.inf, np.inf, gym.spaces.flatten_space(part).shape)
+            elif not isinstance(part, VECTORS):
+                gym.logger.warn(f"the observation {key!r} is left out, it is no image and no vector: {part}")
+        if not spaces:
+            sys.exit(f"--obs {obs}: the environment observes only {env.observation_space}")
+        self.observation_space = gym.spaces.Dict(spaces)
 
     def reset(self, **kwargs):
-        obs, info = self.env.reset(**kwargs)
-        return self.observation(obs), info
+        return self.observation(self.env.reset(**kwargs)[0]), {}
 
     def step(self, action):
-        space, total = self.env.action_space, 0.0
-        if isinstance(space, gym.spaces.Discrete):
-            action = int(action) + space.start
-        else:
-            action = np.clip(action, -1, 1).reshape(space.shape)
-            action = self.low + (action + 1) / 2 * (self.high - self.low)
-            action = np.clip(action, space.low, space.high).astype(space.dtype)
-        for _ in range(self.repeat):
-            obs, reward, terminated, truncated, info = self.env.step(action)
-            total += float(reward)
-            if terminated or truncated:
-                break
-        return self.observation(obs), total, terminated, truncated, info
-
-
-class Episodes(gym.Wrapper):
-    """Next-step autoreset; the flags are observed; each episode has a seed of its own, so that it can be replayed.
-
-    After a last step the next one resets whatever the action; the reset observation comes alone, with `is_first`.
-    """
-
-    def __init__(self, env, index):
-        super().__init__(env)
-        self.index, self.run_seed, self.episode, self.over = index, 0, -1, True
-        spaces = env.observation_space.spaces | {k: gym.spaces.Discrete(2) for k in FLAGS}
-        self.observation_space = gym.spaces.Dict(spaces)
-
-    def reset(self, *, seed=None, options=None):
-        if seed is not None:
-            self.run_seed, self.episode = seed, -1
-        self.episode, self.over = self.episode + 1, False
-        seed = np.random.SeedSequence([self.run_seed, self.index, self.episode]).generate_state(1)[0] % 2**31
-        obs, info = self.env.reset(seed=int(seed))
-        return obs | dict(is_first=1, is_last=0, is_terminal=0), info
-
-    def step(self, action):
-        if self.over:
-            obs, info = self.reset()
-            return obs, 0.0, False, False, info
         obs, reward, terminated, truncated, info = self.env.step(action)
-        self.over = bool(terminated or truncated)
-        return obs | dict(is_first=0, is_last=int(self.over), is_terminal=int(terminated)), reward, False, False, info
+        logged = {key: info[key] for key in ("episode",) if key in info}
+        return self.observation(obs), reward, terminated, truncated, logged
 
-    def restore(self, states):
-        """Goes back into an episode: index -> (run seed, episode, actions so far); returns the observation there."""
-        self.run_seed, episode, actions = states[self.index]
-        self.episode = episode - 1
-        obs = self.reset()[0]
-        for action in actions:
-            obs = self.step(action)[0]
-        return obs
+    def observation(self, obs):
+        result = {}
+        for name, space in self.observation_space.items():
+            key, part = self.parts[name]
+            if space.dtype == np.uint8:
+                image = np.moveaxis(obs[key], np.argmin(part.shape), -1) if len(part.shape) == 3 else obs[key]
+                image = cv2.resize(np.ascontiguousarray(image), space.shape[:2], interpolation=cv2.INTER_AREA)
+                result[name] = image.reshape(space.shape)
+            else:
+                result[name] = gym.spaces.flatten(part, obs[key]).astype(np.float32)
+        return result
 
-    def abandon(self, which):
-        """Ends the episode of the environments `which`: their next step resets."""
-        self.over = self.over or self.index in which
+
+def make_env(args, video=None):
+    """One environment: observations are dicts, actions Discrete or in [-1, 1]; video: folder for its first episode."""
+    if multiprocessing.parent_process():  # out of the group that Ctrl-C reaches: the main process acts on it
+        os.setpgrp()
+    if "MUJOCO_GL" not in os.environ and sys.platform == "linux" and not os.environ.get("DISPLAY"):
+        egl = find_library("EGL") and (find_library("GL") or find_library("OpenGL"))  # MuJoCo asks when it is imported
+        os.environ["MUJOCO_GL"] = "egl" if egl else "osmesa" if find_library("OSMesa") else "disable"
+    os.environ.setdefault("LP_NUM_THREADS", "0")  # rendering in software: one core for each environment
+    suite, _, task = args.env_id.partition("-")
+    size, repeat, pixels = args.image_size, args.action_repeat, args.obs in ("pixels", "both")
+    options = dict(max_episode_steps=args.time_limit, disable_env_checker=True)
+    if pixels or video:
+        options["render_mode"] = "rgb_array"
+    for item in args.env_kwargs:
+        key, _, value = item.partition("=")
+        try:
+            options[key] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            options[key] = value
+    if suite == "dmc":
+        import shimmy  # noqa: F401, registers the tasks
+
+        options["render_kwargs"] = dict(width=size, height=size, camera_id=2 if task.startswith("quadruped") else 0)
+        env = gym.make(f"dm_control/{re.sub('^cup', 'ball_in_cup', task)}-v0", **options)
+        visual = env.unwrapped.physics.model.vis
+        visual.global_.offwidth = visual.global_.offheight = size
+        visual.quality.shadowsize = 1024  # the same picture as with 2048, in two thirds of the time
+    elif suite in ("atari", "atari100k"):
+        import ale_py  # noqa: F401, registers the games
+
+        game, full = f"ALE/{re.sub('[-_]', '', task)}-v5", suite == "atari"
+        game = next((name for name in gym.registry if name.lower() == game.lower()), game)
+        options |= dict(frameskip=1, max_num_frames_per_episode=108_000, full_action_space=full)
+        env = gym.make(game, repeat_action_probability=0.25 if full else 0.0, **options)
+        env = gym.wrappers.AtariPreprocessing(env, 30, repeat, (160, 210), grayscale_obs=False)
+        shrink = lambda x: np.asarray(Image.fromarray(x).resize((size, size), Image.BILINEAR))  # noqa: E731
+        grey = lambda x: (shrink(x) @ [[0.299], [0.587], [0.114]]).astype(np.uint8)  # noqa: E731
+        space = gym.spaces.Box(0, 255, (size, size, 1 if full else 3), np.uint8)
+        env, repeat = gym.wrappers.TransformObservation(env, grey if full else shrink, space), 1
+    else:
+        env = gym.make(args.env_id.replace("ALE/", "ale_py:ALE/", args.env_id.startswith("ALE/")), **options)
+    if repeat > 1:
+        env = gym.wrappers.RepeatAction(env, repeat)
+    space, action = env.observation_space, env.action_space
+    if not isinstance(space, gym.spaces.Dict):
+        name = "image" if is_image(space) else "vector"
+        env = gym.wrappers.TransformObservation(env, lambda obs: {name: obs}, gym.spaces.Dict({name: space}))
+    if pixels and not any(map(is_image, env.observation_space.values())):
+        env = gym.wrappers.AddRenderObservation(env, render_only=False, render_key="image")
+    if video:
+        env = gym.wrappers.RecordVideo(env, video, episode_trigger=lambda episode: episode == 0)
+    if isinstance(action, gym.spaces.Discrete):
+        env = gym.wrappers.TransformAction(env, lambda index: index + action.start, gym.spaces.Discrete(action.n))
+    elif isinstance(action, gym.spaces.Box) and action.dtype.kind == "f":  # a missing bound is 2 from the other, or ±1
+        has_low, has_high = np.abs(action.low) < 1e30, np.abs(action.high) < 1e30
+        low = np.where(has_low, action.low, np.where(has_high, action.high - 2, -1))
+        high = np.where(has_high, action.high, low + 2)
+        scale = lambda x: low + (x.reshape(low.shape) + 1) / 2 * (high - low)  # noqa: E731
+        scaled = lambda x: np.clip(scale(x), low, high).astype(action.dtype)  # noqa: E731
+        env = gym.wrappers.TransformAction(env, scaled, gym.spaces.Box(-1, 1, (low.size,)))
+    else:
+        sys.exit(f"the action space {action} is neither Discrete nor a Box of floats")
+    return DictObservation(gym.wrappers.RecordEpisodeStatistics(env), args.obs, size)
 
 
-def make_env(args, index=0):
-    """One environment, adapted; Failure with one line for what is unknown, not installed or unsupported."""
-    if multiprocessing.parent_process():  # Ctrl-C reaches the whole group, and the main process acts on it
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-    name, repeat, limit = args.env_id.partition("-")[2], args.action_repeat, args.time_limit
+def make_envs(args, count, video=None):
+    """Environments in lock-step, in processes of their own if they draw; the step after an episode's last resets."""
+    makers = [lambda folder=folder: make_env(args, folder) for folder in [None] * (count - 1) + [video]]
     try:
-        if suite(args.env_id) == "dmc":
-            env, repeat = DeepMindControl(name, args.obs, args.image_size, args.action_repeat), 1
-        elif suite(args.env_id) in ("atari", "atari100k"):
-            import ale_py
-
-            gym.register_envs(ale_py)
-            full = suite(args.env_id) == "atari"  # Machado et al. 2018: sticky actions, all 18 actions
-            game = "".join(word.capitalize() for word in re.split("[-_]", name))
-            options = dict(frameskip=1, repeat_action_probability=0.25 if full else 0.0, full_action_space=full)
-            env = gym.make(f"ALE/{game}-v5", render_mode="rgb_array", max_num_frames_per_episode=108_000, **options)
-            env = gym.wrappers.AtariPreprocessing(env, 30, repeat, args.image_size, grayscale_obs=full)
-            repeat = 1
-        else:
-            try:
-                env = gym.make(args.env_id, render_mode="rgb_array")
-            except TypeError:  # it knows no render_mode
-                env = gym.make(args.env_id)
-    except (gym.error.Error, ImportError) as error:
-        hint = "; write dmc-<domain>-<task>, atari-<game>, a Gymnasium id or <module>:<id>"
-        raise Failure(f"--env-id {args.env_id}: {' '.join(str(error).split())}{hint}") from None
-    if limit:
-        env = gym.wrappers.TimeLimit(env, limit // (1 if repeat > 1 else args.action_repeat))
-    return Episodes(Adapter(env, args.obs, args.image_size, repeat), index)
-
-
-def make_envs(args, count, first=0):
-    """`count` environments in lock-step: in processes of their own where frames are made, else in this one."""
-    thunks = [lambda index=index: make_env(args, index) for index in range(first, first + count)]
-    probe = make_env(args)
-    pixels = any(space.dtype == np.uint8 for space in probe.observation_space.values())
-    probe.close()
-    if count == 1 or not pixels:
-        return gym.vector.SyncVectorEnv(thunks, autoreset_mode="Disabled")
+        with make_env(args) as probe:
+            images = any(space.dtype == np.uint8 for space in probe.observation_space.values())
+    except Exception as error:
+        sys.exit(f"--env-id {args.env_id}: {type(error).__name__}: {' '.join(str(error).split())}")
+    if count == 1 or not images:
+        return gym.vector.SyncVectorEnv(makers)
     # forked from a clean process, which must not inherit this one's OpenGL and CUDA but has the imports that take long
     multiprocessing.set_forkserver_preload(["cv2", "gymnasium", "torch.utils.tensorboard", "tyro"])
-    return gym.vector.AsyncVectorEnv(thunks, autoreset_mode="Disabled", context="forkserver")
+    return gym.vector.AsyncVectorEnv(makers, context="forkserver")
 
 
 # === Replay ===========================================================================================================
 
-
-LATENTS = ("deter", "stoch")  # [C11] what the agent stores with each step
+LATENTS = ("deter", "stoch")  # what the agent stores with each step
 
 
 class Replay:
-    """Ring of steps on disk, one stream per environment: arrays (capacity, envs, ...) that are memory-mapped.
+    """Ring of steps on disk, one stream for each environment: memory-mapped arrays (capacity, envs, ...) of full size.
 
-    Step t holds observation t, the action that led to it, its reward, its flags and what the agent adds to it. All
-    streams grow together. Failure when the disk is too small or full; nothing that was written before is lost then.
-    Changed from dreamer_v2.py: [C11]
+    Step t holds observation t, the action that led to it, its reward, its flags and the agent's latents: `layout`, key
+    -> (shape, dtype). `saved`: state of a run that goes on. Exits if the disk is too small or the files do not fit.
     """
 
-    def __init__(self, folder, spaces, num_envs, capacity, length):
-        self.folder, self.num_envs, self.length = folder, num_envs, length
-        self.capacity = capacity
-        self.count, self.reserved, self.fresh = 0, 0, []
+    def __init__(self, folder, layout, num_envs, capacity, length, saved=None):
+        self.num_envs, self.length, self.capacity, self.count, self.fresh = num_envs, length, capacity, 0, []
+        sizes = {key: math.prod(shape) * np.dtype(dtype).itemsize * num_envs for key, (shape, dtype) in layout.items()}
+        held = {key: os.path.getsize(f"{folder}/{key}") for key in layout if os.path.exists(f"{folder}/{key}")}
+        if saved:
+            if held != {key: saved["capacity"] * size for key, size in sizes.items()}:
+                sys.exit(f"{folder} is not whole, or not of these observations, environments and sizes: {list(layout)}")
+            self.count, self.fresh, wrapped = saved["count"], saved["fresh"], saved["count"] > saved["capacity"]
+            self.capacity = saved["capacity"] if wrapped else max(capacity, saved["capacity"])
         if self.capacity < length + 1:
-            raise Failure(f"--batch-length {length}: the replay holds only {self.capacity} steps of each environment")
-        row = sum(int(np.prod(shape)) * np.dtype(dtype).itemsize for shape, dtype in spaces.values()) * num_envs
-        os.makedirs(folder, exist_ok=True)
-        free, on_disk = shutil.disk_usage(folder).free, sum(f.stat().st_blocks * 512 for f in os.scandir(folder))
-        self.bytes = row * self.capacity
-        if self.bytes > free + on_disk:
-            raise Failure(
-                f"the replay needs {self.bytes / 1e9:.1f} GB in {folder}, where {free / 1e9:.1f} GB are free: "
-                "make room, or lower --replay-size or --total-timesteps"
-            )
-        self.arrays = {key: self.open(f"{folder}/{key}.npy", *space) for key, space in spaces.items()}
-        path = f"{folder}/written.npy"  # steps ever written: when the process was killed, more than were saved
-        mode = dict(mode="r+") if os.path.exists(path) else dict(mode="w+", dtype=np.int64, shape=())
-        self.written = np.lib.format.open_memmap(path, **mode)
-
-    def open(self, path, shape, dtype):
-        shape = (self.capacity, self.num_envs, *shape)
-        if os.path.exists(path):  # a run that goes on for longer than it was to: NumPy's header leaves room to grow
-            with open(path, "r+b") as file:
-                header = dict(descr=np.lib.format.dtype_to_descr(np.dtype(dtype)), fortran_order=False, shape=shape)
-                np.lib.format.write_array_header_1_0(file, header)
-                file.truncate(file.tell() + int(np.prod(shape)) * np.dtype(dtype).itemsize)
-            return np.lib.format.open_memmap(path, "r+")
-        return np.lib.format.open_memmap(path, "w+", dtype, shape)
-
-    def reserve(self, rows=1024):
-        """Takes disk space for the next rows: writing into a mapped file on a full disk would kill the process."""
-        if self.count < self.reserved or self.reserved == self.capacity:
-            return
-        stop = min(self.reserved + rows, self.capacity)
-        for key, array in self.arrays.items():
-            size = array[:1].nbytes
-            with open(f"{self.folder}/{key}.npy", "r+b") as file:
-                try:
-                    if hasattr(os, "posix_fallocate"):
-                        start = array.offset + self.reserved * size
-                        os.posix_fallocate(file.fileno(), start, (stop - self.reserved) * size)
-                except OSError as error:
-                    raise Interrupted(f"no room for the replay in {self.folder} ({error.strerror})") from None
-        self.reserved = stop
+            sys.exit(f"--batch-length {length}: the replay holds only {self.capacity} steps of each environment")
+        try:
+            os.makedirs(folder, exist_ok=True)
+        except OSError as error:
+            sys.exit(f"--run-dir: {error}")
+        needed, free = self.capacity * sum(sizes.values()) - sum(held.values()), shutil.disk_usage(folder).free
+        if needed > free:
+            sys.exit(f"{folder} needs {needed / 1e9:.1f} GB, {free / 1e9:.1f} are free: make room, lower --replay-size")
+        self.arrays = {}
+        for key, (shape, dtype) in layout.items():
+            with open(f"{folder}/{key}", "ab") as file:
+                os.posix_fallocate(file.fileno(), 0, self.capacity * sizes[key])
+            self.arrays[key] = np.memmap(f"{folder}/{key}", dtype, "r+", shape=(self.capacity, num_envs, *shape))
 
     def add(self, step):
-        """Appends one step of every environment: key -> array (envs, ...). Changed from dreamer_v2.py: [C11]"""
-        self.reserve()
+        """Appends one step of every environment: key -> array (envs, ...)."""
         for key, array in self.arrays.items():
             array[self.count % self.capacity] = step[key]
         self.count += 1
-        self.written[...] = max(self.written, self.count)
         # each stretch of length + 1 steps is trained on once soon after it came: the online queue
         if self.count > 1 and (self.count - 1) % (self.length + 1) == 0:
             self.fresh += [[self.count - self.length - 1, env] for env in range(self.num_envs)]
 
     def oldest(self):
         """First step that has not been overwritten."""
-        return max(0, max(self.count, int(self.written)) - self.capacity)
+        return max(0, self.count - self.capacity)
 
     def __len__(self):
-        """Number of sequences that can be sampled. Changed from dreamer_v2.py: [C11]"""
+        """Number of sequences that can be sampled."""
         return max(0, self.count - self.oldest() - self.length) * self.num_envs
 
-    def draw(self, count, rng):
-        """Starts of sequences, uniformly, over the ends of episodes: (count, 2), step and stream.
-        Changed from dreamer_v2.py: [C11]"""
-        steps = rng.integers(self.oldest(), self.count - self.length, count)
-        return np.stack([steps, rng.integers(self.num_envs, size=count)], 1)
+    def sample(self, batch_size, rng, device):
+        """Sequences, key -> tensor (B, T, ...), with the latents (B, ...) of the step before them; where they are.
 
-    def get(self, starts):
-        """Sequences -> key -> array (B, T, ...), with the latents (B, ...) of the step before them; where they are.
-        Changed from dreamer_v2.py: [C11]"""
+        Fresh sequences come first, then uniformly drawn ones, over the ends of episodes.
+        """
+        first, last = self.oldest(), self.count - self.length
+        fresh, self.fresh = [x for x in self.fresh[:batch_size] if first <= x[0] < last], self.fresh[batch_size:]
+        steps = rng.integers(first, last, batch_size - len(fresh))
+        drawn = np.stack([steps, rng.integers(self.num_envs, size=len(steps))], 1)
+        starts = np.concatenate([np.array(fresh, int).reshape(-1, 2), drawn])
         rows, env = (starts[:, :1] + np.arange(self.length + 1)) % self.capacity, starts[:, 1:]
         index = rows[:, 1:], env
         data = {key: array[index] for key, array in self.arrays.items() if key not in LATENTS}
         data["is_last"][:, :-1] |= data["is_first"][:, 1:]  # an episode that was left
-        return data | {key: self.arrays[key][rows[:, 0], env[:, 0]] for key in LATENTS}, index
+        data |= {key: self.arrays[key][rows[:, 0], env[:, 0]] for key in LATENTS}
+        return to_tensors(data, device), index
 
-    def sample(self, batch_size, rng):
-        """A batch, as `get` returns it: fresh sequences first. Changed from dreamer_v2.py: [C11]"""
-        fresh, self.fresh = [x for x in self.fresh[:batch_size] if x[0] >= self.oldest()], self.fresh[batch_size:]
-        return self.get(np.concatenate([np.array(fresh, int).reshape(-1, 2), self.draw(batch_size - len(fresh), rng)]))
-
-    def write(self, index, values):
-        """Puts newer latents in the place of those that `sample` returned: key -> array (B, T, ...)."""
-        for key, value in values.items():
-            self.arrays[key][index] = value
-
-    def flush(self):
-        for array in self.arrays.values():
-            array.flush()
+    def write(self, index, latents):
+        """Puts newer latents, key -> tensor (B, T, ...), in the place of those that `sample` returned."""
+        for key, value in latents.items():
+            self.arrays[key][index] = value.cpu()
 
     def state_dict(self):
-        return dict(count=self.count, fresh=self.fresh)
+        return dict(capacity=self.capacity, count=self.count, fresh=self.fresh)
 
-    def load_state_dict(self, state):
-        self.count, self.fresh = state["count"], state["fresh"]
-        self.reserved = min(self.count, self.capacity)
+
+def to_tensors(values, device):
+    """Arrays by key -> tensors on the device."""
+    tensors = {key: torch.from_numpy(np.ascontiguousarray(value)) for key, value in values.items()}
+    if device.type == "cuda":
+        tensors = {key: tensor.pin_memory().to(device, non_blocking=True) for key, tensor in tensors.items()}
+    return tensors
 
 
 # === Maths ============================================================================================================
 
 
 def symlog(x):
-    """Squashes large values, keeps small ones; Eq. 9 (arXiv:2301.04104v2). [C1]"""
+    """Squashes large values, keeps small ones; Eq. 9 (arXiv:2301.04104v2)."""
     return x.sign() * x.abs().log1p()
 
 
 def symexp(x):
-    """Inverse of symlog; Eq. 9 (arXiv:2301.04104v2). [C1]"""
+    """Inverse of symlog; Eq. 9 (arXiv:2301.04104v2)."""
     return x.sign() * x.abs().expm1()
 
 
 def twohot_bins(bins, device=None):
-    """Bins of reward and value: symexp of (bins,) even steps from -20 to 20, exactly antisymmetric; Eq. 10. [C1]"""
+    """Bins of reward and value: symexp of (bins,) even steps from -20 to 20, exactly antisymmetric; Eq. 10."""
     half = symexp(torch.linspace(-20, 0, bins // 2 + 1, device=device))
     return torch.cat([half, -half[:-1].flip(0)])
 
@@ -661,8 +425,7 @@ def twohot_bins(bins, device=None):
 def twohot_mean(logit):
     """Expected value of symexp two-hot logits (..., X) -> (...); uniform logits give exactly 0; Eq. 10.
 
-    The bins reach 4.9e8: summed in symmetric pairs, or the mean would drown in rounding errors.
-    [C1]
+    The bins reach 4.9e8: they are summed in symmetric pairs, or the mean would drown in rounding errors.
     """
     bins, half = twohot_bins(logit.shape[-1], logit.device), logit.shape[-1] // 2
     probs = logit.softmax(-1)
@@ -673,7 +436,6 @@ def twohot_loss(logit, *targets):
     """Sum over the targets (...) of the cross entropy of logits (..., X) with the two-hot target; Eq. 11.
 
     The two bins around the target share the weight by their distance to it, in the space of the target itself.
-    [C1]
     """
     bins = twohot_bins(logit.shape[-1], logit.device)
     log_probs, loss = logit.log_softmax(-1), 0.0
@@ -687,27 +449,25 @@ def twohot_loss(logit, *targets):
 
 
 def unimix(logit, amount):
-    """Logits -> probabilities with a uniform share (p. 5). Written out: softmax over few classes is slow on a CPU.
-    [C3]"""
+    """Logits -> probabilities with a uniform share (p. 5). Written out: softmax over few classes is slow on a CPU."""
     exp = (logit - logit.detach().amax(-1, keepdim=True)).exp()
     return (1 - amount) * (exp / exp.sum(-1, keepdim=True)) + amount / logit.shape[-1]
 
 
-def sample_onehot(probs, noise):
-    """Probabilities (..., K) and uniform noise (..., 1) -> a one-hot sample, with straight-through gradient."""
+def sample_onehot(probs):
+    """Probabilities (..., K) -> a one-hot sample, with the gradient of the probabilities (straight-through)."""
     with torch.no_grad():
-        index = (probs[..., :-1].cumsum(-1) <= noise).sum(-1)
+        index = (probs[..., :-1].cumsum(-1) <= torch.rand_like(probs[..., :1])).sum(-1)
         onehot = F.one_hot(index, probs.shape[-1]).to(probs.dtype)
     return onehot + (probs - probs.detach()) if probs.requires_grad else onehot
 
 
 def kl_divergence(p, q):
-    """KL of categorical probabilities (..., S, K), summed over the variables: (...).
-    Changed from dreamer_v2.py: [C3]"""
+    """KL of categorical probabilities (..., S, K), summed over the variables: (...)."""
     return (p * (p.log() - q.log())).sum((-2, -1))
 
 
-# Time table of what the agent has, for a replayed sequence and, with H for T, for an imagined one:
+# Time table of what the agent has, for a replayed sequence and, with P for T, for an imagined one:
 #
 #   state     s_0 -- a_1 --> s_1 -- a_2 --> s_2 ... s_T-1       action[t] led to state t
 #   reward    r_0            r_1            r_2 ... r_T-1       came with state t
@@ -719,7 +479,6 @@ def lambda_return(reward, cont, last, value, bootstrap, lmbda):
     """λ-returns: (N, T) each -> (N, T - 1); Eq. 5 (arXiv:2301.04104v2), over episode ends as in the authors' code.
 
     R_t = r_t+1 + c_t+1 · ((1 - λ_t+1) v_t+1 + λ_t+1 R_t+1), λ_t = λ (1 - last_t), R_T-1 = bootstrap.
-    Changed from dreamer_v2.py: [C8]
     """
     lmbda = lmbda * (1 - last)
     interim = reward + cont * (1 - lmbda) * value
@@ -732,43 +491,47 @@ def lambda_return(reward, cont, last, value, bootstrap, lmbda):
 # === Networks =========================================================================================================
 
 
-def initialise(weight, fan_in, scale=1.0):
-    """Truncated normal with standard deviation scale / sqrt(fan_in). Changed from dreamer_v2.py: [C10]"""
-    std = 1.1368 * scale / math.sqrt(fan_in)
-    return nn.init.trunc_normal_(weight, 0.0, std, -2 * std, 2 * std) if scale else nn.init.zeros_(weight)
+def initialise(module):
+    """Weights from a truncated normal with standard deviation scale / sqrt(fan_in), biases zero."""
+    if isinstance(module, (nn.Linear, nn.Conv2d, BlockLinear)):
+        blocks = isinstance(module, BlockLinear)  # which see the whole input
+        fan_in = module.weight[..., 0].numel() if blocks else module.weight[0].numel()
+        std = 1.1368 * getattr(module, "scale", 1.0) / math.sqrt(fan_in)
+        nn.init.trunc_normal_(module.weight, 0.0, std, -2 * std, 2 * std) if std else nn.init.zeros_(module.weight)
+        nn.init.zeros_(module.bias)
 
 
-class Linear(nn.Linear):
-    """Fully connected layer (..., inp) -> (..., out). Changed from dreamer_v2.py: [C10]"""
+class Output(nn.Linear):
+    """The last layer of a head: in float32, also where the networks are in bfloat16; `scale` of its initial weights."""
 
     def __init__(self, inp, out, scale=1.0):
         super().__init__(inp, out)
-        initialise(self.weight, inp, scale)
-        nn.init.zeros_(self.bias)
+        self.scale = scale
+
+    def forward(self, x):
+        with torch.autocast(x.device.type, enabled=False):
+            return super().forward(x.float())
 
 
 class BlockLinear(nn.Module):
-    """`blocks` layers side by side, each from its part of the input to its part of the output. [C2]"""
+    """`blocks` layers side by side, each from its part of the input to its part of the output: (B, inp) -> (B, out)."""
 
     def __init__(self, inp, out, blocks):
         super().__init__()
-        self.weight = nn.Parameter(initialise(torch.empty(blocks, inp // blocks, out // blocks), inp))
-        self.bias = nn.Parameter(torch.zeros(out))
+        self.weight = nn.Parameter(torch.empty(blocks, inp // blocks, out // blocks))
+        self.bias = nn.Parameter(torch.empty(out))
 
-    def forward(self, x, weight=None):
-        """(B, inp) -> (G, B, out / G)."""
-        blocks = len(self.weight)
-        x = x.unflatten(-1, (blocks, -1)).transpose(0, 1)
-        return torch.baddbmm(self.bias.view(blocks, 1, -1), x, self.weight if weight is None else weight)
+    def forward(self, x):
+        x = x.unflatten(-1, (len(self.weight), -1)).transpose(0, 1)  # (G, B, inp / G)
+        x = torch.baddbmm(self.bias.view(len(x), 1, -1), x, self.weight)  # (G, B, out / G)
+        return x.transpose(0, 1).flatten(1)
 
 
 class Conv(nn.Conv2d):
-    """5×5 convolution of images (B, H, W, C), same size. Changed from dreamer_v2.py: [C5]"""
+    """5×5 convolution of images (B, H, W, C), same size."""
 
     def __init__(self, inp, out):
         super().__init__(inp, out, 5, padding=2)
-        initialise(self.weight, 25 * inp)
-        nn.init.zeros_(self.bias)
 
     def forward(self, x):
         return super().forward(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
@@ -779,23 +542,18 @@ class UpsampleConv(Conv):
 
     Of the five rows that an output row sees, an even one has the input rows -1 -1 0 0 1, an odd one -1 0 0 1 1: kernel
     rows that meet the same input row are summed first, which leaves a 3×3 kernel for each of the four places.
-    [C5]
     """
 
-    def __init__(self, inp, out):
-        super().__init__(inp, out)
-        even, odd = ["11000", "00110", "00001"], ["10000", "01100", "00011"]
-        fold = torch.tensor([[[float(x) for x in row] for row in rows] for rows in (even, odd)])
-        self.register_buffer("fold", fold, persistent=False)
-
     def forward(self, x):
-        weight = torch.einsum("oihw,pyh,qxw->opqiyx", self.weight, self.fold, self.fold).flatten(0, 2)
+        places = [(j, 1 - j, i, 1 - i) for i in (0, 1) for j in (0, 1)]  # where a sixth column and row of zeros are put
+        kernels = [4 * F.avg_pool2d(F.pad(self.weight, place), 2) for place in places]
+        weight = torch.stack(kernels, 1).flatten(0, 1)
         x = F.conv2d(x.permute(0, 3, 1, 2), weight, self.bias.repeat_interleave(4), padding=1)
         return F.pixel_shuffle(x, 2).permute(0, 2, 3, 1)
 
 
 class RMSNorm(nn.Module):
-    """x / sqrt(mean(x²) + 1e-4) · scale over the last axis, in float32. [C2]"""
+    """x / sqrt(mean(x²) + 1e-4) · scale over the last axis, in float32."""
 
     def __init__(self, size):
         super().__init__()
@@ -805,47 +563,37 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x.float(), self.scale.shape, self.scale, 1e-4).to(x.dtype)
 
 
-class Layer(nn.Sequential):
-    """Linear, RMSNorm, SiLU. Changed from dreamer_v2.py: [C2]"""
-
-    def __init__(self, inp, units):
-        super().__init__(Linear(inp, units), RMSNorm(units), nn.SiLU())
-
-
 class MLP(nn.Sequential):
-    """`layers` layers and a linear output, in float32: (..., inp) -> (..., out).
-    Changed from dreamer_v2.py: [C2], [C10]"""
+    """`count` times Linear, RMSNorm and SiLU and, if `out` is given, an output: (..., inp) -> (..., units or out)."""
 
-    def __init__(self, inp, out, layers, units, scale=1.0):
-        super().__init__(*[Layer(units if i else inp, units) for i in range(layers)], Linear(units, out, scale))
-
-    def forward(self, x):
-        return super().forward(x).float()
+    def __init__(self, inp, units, count, out=None, scale=1.0):
+        sizes = [inp] + [units] * count
+        super().__init__(*[nn.Sequential(nn.Linear(*x), RMSNorm(units), nn.SiLU()) for x in itertools.pairwise(sizes)])
+        if out:
+            self.append(Output(units, out, scale))
 
 
 class Encoder(nn.Module):
-    """Observations (B, T, ...) -> embed (B, T, E): vectors through an MLP, images through convolutions.
-    Changed from dreamer_v2.py: [C2], [C5]"""
+    """Observations (B, T, ...) -> embed (B, T, E): vectors through an MLP, images through convolutions."""
 
     def __init__(self, spaces, args):
         super().__init__()
-        self.spaces = spaces
-        self.vectors, self.images, self.embed_dim = *split_keys(spaces), 0
+        self.vectors = [key for key in sorted(spaces) if spaces[key].dtype != np.uint8]
+        self.images = [key for key in sorted(spaces) if spaces[key].dtype == np.uint8]
+        self.embed_dim = 0
         if self.vectors:
-            inp = sum(vector_size(spaces[key]) for key in self.vectors)
-            self.layers = nn.Sequential(*[Layer(args.units if i else inp, args.units) for i in range(3)])
+            self.layers = MLP(sum(spaces[key].shape[0] for key in self.vectors), args.units, 3)
             self.embed_dim += args.units
         if self.images:
             depths = [sum(spaces[key].shape[-1] for key in self.images)] + [args.depth * m for m in (2, 3, 4, 4)]
-            self.convs = nn.ModuleList(Conv(*pair) for pair in zip(depths[:-1], depths[1:], strict=True))
-            self.norms = nn.ModuleList(RMSNorm(depth) for depth in depths[1:])
+            self.convs = nn.ModuleList(map(Conv, depths[:-1], depths[1:]))
+            self.norms = nn.ModuleList(map(RMSNorm, depths[1:]))
             self.embed_dim += (args.image_size // 16) ** 2 * depths[-1]
 
     def forward(self, obs):
         embed = []
         if self.vectors:
-            vectors = [vector_input(obs[key], self.spaces[key]) for key in self.vectors]
-            embed.append(self.layers(torch.cat(vectors, -1)))
+            embed.append(self.layers(symlog(torch.cat([obs[key] for key in self.vectors], -1))))
         if self.images:
             image = torch.cat([obs[key] for key in self.images], -1)
             x = image.flatten(0, 1) / 255 - 0.5
@@ -857,182 +605,128 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Features (B, T, F) -> key -> means: symlog of vectors, images in [0, 1], logits of classes.
-    Changed from dreamer_v2.py: [C2], [C5]"""
+    """Features (B, T, F) -> key -> means (B, T, ...): symlog of vectors, images in [0, 1]."""
 
     def __init__(self, spaces, args):
         super().__init__()
-        self.spaces, self.deter = spaces, args.deter
-        self.vectors, self.images = split_keys(spaces)
-        feat_dim = args.deter + args.stoch * args.classes
+        self.vectors = [key for key in sorted(spaces) if spaces[key].dtype != np.uint8]
+        self.images = [key for key in sorted(spaces) if spaces[key].dtype == np.uint8]
+        self.deter, stoch_dim = args.deter, args.stoch * args.classes
         if self.vectors:
-            self.layers = nn.Sequential(*[Layer(args.units if i else feat_dim, args.units) for i in range(3)])
-            self.heads = nn.ModuleDict({key: Linear(args.units, vector_size(spaces[key])) for key in self.vectors})
+            self.layers = MLP(args.deter + stoch_dim, args.units, 3)
+            self.heads = nn.ModuleList(Output(args.units, spaces[key].shape[0]) for key in self.vectors)
         if self.images:
             self.side, depth = args.image_size // 16, args.depth * 4
-            self.deter_map = BlockLinear(args.deter, self.side**2 * depth, args.decoder_blocks)
-            self.stoch_map = nn.Sequential(
-                Layer(args.stoch * args.classes, 2 * args.units), Linear(2 * args.units, self.side**2 * depth)
-            )
+            self.share = depth // args.decoder_blocks
+            size = self.side**2 * depth
+            self.deter_map = BlockLinear(args.deter, size, args.decoder_blocks)
+            self.stoch_map = MLP(stoch_dim, 2 * args.units, 1, size)
             self.norm = RMSNorm(depth)
             depths = [depth] + [args.depth * m for m in (4, 3, 2)]
-            self.convs = nn.ModuleList(UpsampleConv(*pair) for pair in zip(depths[:-1], depths[1:], strict=True))
-            self.norms = nn.ModuleList(RMSNorm(depth) for depth in depths[1:])
-            self.output = UpsampleConv(depths[-1], sum(spaces[key].shape[-1] for key in self.images))
+            self.convs = nn.ModuleList(map(UpsampleConv, depths[:-1], depths[1:]))
+            self.norms = nn.ModuleList(map(RMSNorm, depths[1:]))
+            self.channels = [spaces[key].shape[-1] for key in self.images]
+            self.output = UpsampleConv(depths[-1], sum(self.channels))
 
     def forward(self, feat):
         means = {}
         if self.vectors:
             x = self.layers(feat)
-            for key in self.vectors:
-                means[key] = self.heads[key](x).float().reshape(*x.shape[:2], *vector_shape(self.spaces[key]))
+            means |= {key: head(x) for key, head in zip(self.vectors, self.heads, strict=True)}
         if self.images:
-            deter, stoch = feat.flatten(0, 1).split([self.deter, feat.shape[-1] - self.deter], -1)
-            # a block makes all places of its share of the channels
-            x = self.deter_map(deter).unflatten(-1, (self.side, self.side, -1)).permute(1, 2, 3, 0, 4).flatten(-2)
+            deter, stoch = feat.flatten(0, 1).tensor_split([self.deter], -1)
+            # a block of deter makes all places of its share of the channels
+            x = self.deter_map(deter).unflatten(-1, (-1, self.side, self.side, self.share))
+            x = x.permute(0, 2, 3, 1, 4).flatten(-2)
             x = x + self.stoch_map(stoch).unflatten(-1, (self.side, self.side, -1))
             x = F.silu(self.norm(x))
             for conv, norm in zip(self.convs, self.norms, strict=True):
                 x = F.silu(norm(conv(x)))
             image = self.output(x).float().sigmoid().unflatten(0, feat.shape[:2])
-            parts = image.split([self.spaces[key].shape[-1] for key in self.images], -1)
-            means |= zip(self.images, parts, strict=True)
+            means |= zip(self.images, image.split(self.channels, -1), strict=True)
         return means
-
-
-def split_keys(spaces):
-    """Keys of the vectors and of the images, sorted."""
-    images = [key for key in sorted(spaces) if spaces[key].dtype == np.uint8]
-    return [key for key in sorted(spaces) if key not in images], images
-
-
-def vector_size(space):
-    """Numbers that a vector, a scalar or a class becomes as an input."""
-    return int(space.n) if isinstance(space, gym.spaces.Discrete) else int(np.prod(space.shape))
-
-
-def vector_shape(space):
-    return (int(space.n),) if isinstance(space, gym.spaces.Discrete) else space.shape
-
-
-def vector_input(value, space):
-    """(B, T, ...) -> (B, T, vector_size): symlog of vectors, one-hot of classes. Changed from dreamer_v2.py: [C1]"""
-    if isinstance(space, gym.spaces.Discrete):
-        return F.one_hot(value, int(space.n)).float()
-    return symlog(value).flatten(2) if value.ndim > 2 else symlog(value).unsqueeze(-1)
 
 
 # === World model ======================================================================================================
 
 
 class RSSM(nn.Module):
-    """Recurrent state-space model, Eq. 1 (arXiv:2301.04104v2): a state is deter (B, D) and stoch (B, S, K).
-    Changed from dreamer_v2.py: [C2]"""
+    """Recurrent state-space model, Eq. 1 (arXiv:2301.04104v2): a state is deter (B, D) and stoch (B, S, K)."""
 
     def __init__(self, args, embed_dim, action_dim):
         super().__init__()
-        self.args = args
-        stoch_dim = args.stoch * args.classes
-        self.deter_in = Layer(args.deter, args.hidden)
-        self.stoch_in = Layer(stoch_dim, args.hidden)
-        self.action_in = Layer(action_dim, args.hidden)
+        self.args, stoch_dim = args, args.stoch * args.classes
+        self.deter_in = MLP(args.deter, args.hidden, 1)
+        self.stoch_in = MLP(stoch_dim, args.hidden, 1)
+        self.action_in = MLP(action_dim, args.hidden, 1)
         # every block sees its own part of deter and all of the three inputs
         self.mix = BlockLinear(args.deter + args.blocks * 3 * args.hidden, args.deter, args.blocks)
         self.mix_norm = RMSNorm(args.deter)
         self.gates = BlockLinear(args.deter, 3 * args.deter, args.blocks)
-        self.post_in = Layer(args.deter + embed_dim, args.hidden)
-        self.post_out = Linear(args.hidden, stoch_dim)
-        self.prior_net = MLP(args.deter, stoch_dim, 2, args.hidden)
+        self.post_in = MLP(args.deter + embed_dim, args.hidden, 1)
+        self.post_out = Output(args.hidden, stoch_dim)
+        self.prior_net = MLP(args.deter, args.hidden, 2, stoch_dim)
 
     def initial(self, batch_size):
         """State of zeros: deter (B, D), stoch (B, S, K)."""
         zeros, args = self.post_out.weight.new_zeros, self.args
         return zeros(batch_size, args.deter), zeros(batch_size, args.stoch, args.classes)
 
-    def kernels(self):
-        """What a scan uses at every step, made once: parts of the mixing layer for deter, for its inputs from deter and
-        stoch and for the action, parts of the gates for reset, candidate and update, parts of the posterior's layer.
-        Changed from dreamer_v2.py: [C2]"""
-        args = self.args
-        deter, inputs = self.mix.weight.split([args.deter // args.blocks, 3 * args.hidden], 1)
-        inputs, action = inputs.transpose(0, 1).flatten(1).split([2 * args.hidden, args.hidden])
-        gates = [weight.contiguous() for weight in self.gates.weight.chunk(3, -1)]
-        biases = [bias.contiguous() for bias in self.gates.bias.view(args.blocks, 1, -1).chunk(3, -1)]
-        post, embed = self.post_in[0].weight.T.split([args.deter, self.post_in[0].in_features - args.deter])
-        kernels = dict(deter=deter, inputs=inputs, action=action, gates=gates, biases=biases, post=post, embed=embed)
-        half = torch.is_autocast_enabled(post.device.type)
-        return tree_map(lambda kernel: kernel.bfloat16(), kernels) if half else kernels
-
-    def action_input(self, action, kernels):
-        """The action's share of the mixing layer, for all steps at once: (..., A) -> (..., D).
-        Changed from dreamer_v2.py: [C2]"""
+    def gru(self, deter, stoch, action):
+        """Block GRU, the sequence model h_t = f(h_t-1, z_t-1, a_t-1): deter (B, D), ... -> next deter (B, D)."""
         action = action / action.detach().abs().clamp(min=1)
-        return self.action_in(action) @ kernels["action"] + self.mix.bias
-
-    def core(self, deter, stoch, action_input, kernels):
-        """Block GRU: deter (B, D), stoch (B, S, K), the action's share (B, D) -> next deter (B, D).
-        Changed from dreamer_v2.py: [C2]"""
-        blocks = lambda x: x.unflatten(-1, (self.args.blocks, -1)).transpose(0, 1)  # noqa: E731
-        inputs = torch.cat([self.deter_in(deter), self.stoch_in(stoch.flatten(1))], -1)
-        x = torch.bmm(blocks(deter), kernels["deter"]).transpose(0, 1).flatten(1)
-        x = F.silu(self.mix_norm(x + inputs @ kernels["inputs"] + action_input))
-        gates = zip(kernels["biases"], kernels["gates"], strict=True)
-        reset, cand, update = (torch.baddbmm(bias, blocks(x), weight) for bias, weight in gates)
-        cand = torch.tanh(torch.sigmoid(reset) * cand)
-        return torch.lerp(blocks(deter), cand.float(), torch.sigmoid(update - 1).float()).transpose(0, 1).flatten(1)
-
-    def logit(self, x):
-        """(..., S*K) -> (..., S, K). Changed from dreamer_v2.py: [C3]"""
-        return x.float().unflatten(-1, (self.args.stoch, self.args.classes))
+        x = torch.cat([self.deter_in(deter), self.stoch_in(stoch.flatten(1)), self.action_in(action)], -1)
+        blocks = deter.to(x.dtype).unflatten(-1, (self.args.blocks, -1))  # (B, G, D / G)
+        x = torch.cat([blocks, x.unsqueeze(1).expand(-1, self.args.blocks, -1)], -1)
+        x = F.silu(self.mix_norm(self.mix(x.flatten(1))))  # (B, D)
+        gates = self.gates(x).unflatten(-1, (self.args.blocks, 3, -1))  # (B, G, 3, D / G)
+        reset, cand, update = (gate.flatten(1).float() for gate in gates.unbind(2))  # (B, D)
+        reset = torch.sigmoid(reset)
+        cand = torch.tanh(reset * cand)
+        update = torch.sigmoid(update - 1)
+        return update * cand + (1 - update) * deter
 
     def probs(self, logit):
-        """Logits of stoch -> probabilities. [C3]"""
-        return unimix(logit, self.args.unimix)
+        """Logits (..., S*K) -> probabilities (..., S, K)."""
+        return unimix(logit.unflatten(-1, (self.args.stoch, self.args.classes)), self.args.unimix)
 
     def prior(self, deter):
-        """Logits of stoch before the observation: (..., D) -> (..., S, K)."""
-        return self.logit(self.prior_net(deter))
+        """Probabilities of stoch before the observation: (..., D) -> (..., S, K)."""
+        return self.probs(self.prior_net(deter))
 
-    def obs_step(self, state, action_input, embed_input, mask, noise, kernels):
-        """One step with an observation -> state, posterior's logits (B, S, K). Changed from dreamer_v2.py: [C3]"""
-        deter = self.core(state[0] * mask, state[1] * mask.unsqueeze(-1), action_input, kernels)
-        _, norm, activation = self.post_in
-        logit = self.logit(self.post_out(activation(norm(deter @ kernels["post"] + embed_input))))
-        return (deter, sample_onehot(self.probs(logit), noise)), logit
+    def obs_step(self, state, action, embed, mask):
+        """One step with an observation: mask (B, 1) is 0 where an episode starts -> state, posterior (B, S, K)."""
+        deter, stoch = state
+        deter = self.gru(deter * mask, stoch * mask.unsqueeze(-1), action * mask)
+        post = self.probs(self.post_out(self.post_in(torch.cat([deter, embed], -1))))
+        return (deter, sample_onehot(post)), post
 
-    def img_step(self, state, action, noise, kernels):
-        """One step without: state, action (B, A), noise (B, S, 1) -> state. Changed from dreamer_v2.py: [C3]"""
-        deter = self.core(*state, self.action_input(action, kernels), kernels)
-        return deter, sample_onehot(self.probs(self.prior(deter)), noise)
+    def img_step(self, state, action):
+        """One step without: state, action (B, A) -> state."""
+        deter = self.gru(*state, action)
+        return deter, sample_onehot(self.prior(deter))
 
-    def observe(self, embed, action, is_first, start, noise):
-        """Posterior states along a sequence.
+    def observe(self, embed, action, is_first, start):
+        """Posterior states along a sequence, from a start state on.
 
-        embed (B, T, E), action (B, T, A) that led to each step, is_first (B, T), start state, noise (B, T, S, 1)
-        -> deter (B, T, D), stoch (B, T, S, K), logit (B, T, S, K).
+        embed (B, T, E), action (B, T, A) that led to each step, is_first (B, T)
+        -> deter (B, T, D), stoch (B, T, S, K), post (B, T, S, K).
         """
-        kernels = self.kernels()
         mask = 1 - is_first.float().unsqueeze(-1)
-        embed = embed @ kernels["embed"] + self.post_in[0].bias
-        inputs = self.action_input(action * mask, kernels), embed, mask, noise
         state, steps = start, []
-        for step in zip(*(x.unbind(1) for x in inputs), strict=True):
-            state, logit = self.obs_step(state, *step, kernels)
-            steps.append((*state, logit))
+        for inputs in zip(action.unbind(1), embed.unbind(1), mask.unbind(1), strict=True):
+            state, post = self.obs_step(state, *inputs)
+            steps.append((*state, post))
         return tuple(torch.stack(x, 1) for x in zip(*steps, strict=True))
 
-    def imagine(self, start, policy, noise):
-        """States that follow the start under a policy, feat (N, F), step -> action (N, A); noise (N, H, S, 1).
-
-        -> feat (N, R, F) and action (N, R, A), both with that of the start.
-        """
-        kernels = self.kernels()
+    def imagine(self, start, policy, horizon):
+        """What follows a state under a policy, (feat (N, F), t) -> action (N, A): feat (N, P, F), action (N, P, A)."""
         state, feats, actions = start, [feature(*start)], []
-        for t, step_noise in enumerate(noise.unbind(1)):
+        for t in range(horizon):
             actions.append(policy(feats[t], t))
-            state = self.img_step(state, actions[t], step_noise, kernels)
+            state = self.img_step(state, actions[t])
             feats.append(feature(*state))
-        actions.append(policy(feats[-1], len(actions)))
+        actions.append(policy(feats[-1], horizon))
         return torch.stack(feats, 1), torch.stack(actions, 1)
 
 
@@ -1042,7 +736,7 @@ def feature(deter, stoch):
 
 
 class WorldModel(nn.Module):
-    """Encoder, RSSM, decoder, reward head and continue head. Changed from dreamer_v2.py: [C1]"""
+    """Encoder, RSSM, decoder, reward head and continue head."""
 
     def __init__(self, args, spaces, action_dim):
         super().__init__()
@@ -1051,93 +745,70 @@ class WorldModel(nn.Module):
         self.encoder = Encoder(spaces, args)
         self.rssm = RSSM(args, self.encoder.embed_dim, action_dim)
         self.decoder = Decoder(spaces, args)
-        self.reward_head = MLP(feat_dim, args.bins, 1, args.units, 0.0)
-        self.continue_head = MLP(feat_dim, 1, 1, args.units)
+        self.reward_head = MLP(feat_dim, args.units, 1, args.bins, 0.0)
+        self.continue_head = MLP(feat_dim, args.units, 1, 1)
 
-    def loss(self, data, start, noise):
+    def loss(self, data, start):
         """Eq. 2 and 3 (arXiv:2301.04104v2) -> losses (B, T) by name, deter, stoch, feat; stats.
 
-        data: observations (B, T, ...), action, reward, is_first, is_last, is_terminal; noise (B, T, S, 1).
-        Changed from dreamer_v2.py: [C1], [C4]
+        data: observations (B, T, ...), action, reward, is_first, is_last, is_terminal.
         """
         embed = self.encoder(data)  # (B, T, E)
-        deter, stoch, logit = self.rssm.observe(embed, data["action"], data["is_first"], start, noise)
+        deter, stoch, post = self.rssm.observe(embed, data["action"], data["is_first"], start)
+        prior = self.rssm.prior(deter)  # (B, T, S, K)
         feat = feature(deter, stoch)  # (B, T, F)
-        post = self.rssm.probs(logit)  # (B, T, S, K)
-        prior = self.rssm.probs(self.rssm.prior(deter))  # (B, T, S, K)
-        means = self.decoder(feat)
-        losses = {f"recon_loss_{key}": self.recon_loss(key, mean, data[key]) for key, mean in means.items()}
+        losses = {}
+        for key, mean in self.decoder(feat).items():
+            target = data[key] / 255 if key in self.decoder.images else symlog(data[key])
+            losses[f"recon_loss_{key}"] = (mean - target).square().flatten(2).sum(-1)  # (B, T)
         losses["reward_loss"] = twohot_loss(self.reward_head(feat), data["reward"])  # (B, T)
         # the head learns the discount too; paper: it learns the end alone, and returns are discounted outside
         target = (1 - data["is_terminal"].float()) * (1 - 1 / self.args.discount_horizon)  # (B, T)
-        losses["continue_loss"] = F.binary_cross_entropy_with_logits(
-            self.continue_head(feat).squeeze(-1), target, reduction="none"
-        )
+        cont = self.continue_head(feat).squeeze(-1)  # (B, T)
+        losses["continue_loss"] = F.binary_cross_entropy_with_logits(cont, target, reduction="none")  # (B, T)
         losses["dyn_loss"] = kl_divergence(post.detach(), prior).clamp(min=self.args.free_nats)  # (B, T)
         losses["rep_loss"] = kl_divergence(post, prior.detach()).clamp(min=self.args.free_nats)  # (B, T)
-        stats = {
-            "posterior_entropy": -(post * post.log()).sum((-2, -1)).mean(),
-            "prior_entropy": -(prior * prior.log()).sum((-2, -1)).mean(),
-            "kl": kl_divergence(post, prior).mean(),
-        }
+        entropies = [-(probs * probs.log()).sum((-2, -1)).mean() for probs in (post, prior)]
+        stats = dict(posterior_entropy=entropies[0], prior_entropy=entropies[1], kl=kl_divergence(post, prior).mean())
         return losses, deter, stoch, feat, stats
 
-    def recon_loss(self, key, mean, target):
-        """Squared error of images in [0, 1] and of symlog vectors, cross entropy of classes: (B, T).
-        Changed from dreamer_v2.py: [C1], [C5]"""
-        space = self.spaces[key]
-        if isinstance(space, gym.spaces.Discrete):
-            return F.cross_entropy(mean.flatten(0, 1), target.flatten(), reduction="none").view_as(target)
-        target = target / 255 if target.dtype == torch.uint8 else symlog(target)
-        return (mean - target).square().flatten(2).sum(-1) if mean.ndim > 2 else (mean - target).square()
-
     def reward(self, feat):
-        """(..., F) -> expected reward (...). Changed from dreamer_v2.py: [C1]"""
+        """(..., F) -> expected reward (...)."""
         return twohot_mean(self.reward_head(feat))
 
     def cont(self, feat):
-        """(..., F) -> probability, times the discount, that the episode goes on (...).
-        Changed from dreamer_v2.py: [C8]"""
+        """(..., F) -> probability, times the discount, that the episode goes on (...)."""
         return self.continue_head(feat).squeeze(-1).sigmoid()
 
     def decode(self, feat):
-        """(B, T, F) -> observations as the environment gives them, key -> (B, T, ...).
-        Changed from dreamer_v2.py: [C1], [C5]"""
-        obs = {}
-        for key, mean in self.decoder(feat).items():
-            if isinstance(self.spaces[key], gym.spaces.Discrete):
-                obs[key] = mean.argmax(-1)
-            else:
-                obs[key] = (mean * 255).round().byte() if self.spaces[key].dtype == np.uint8 else symexp(mean)
-        return obs
+        """(B, T, F) -> observations as the environment gives them, key -> (B, T, ...)."""
+        means = self.decoder(feat).items()
+        return {k: (v * 255).round().byte() if k in self.decoder.images else symexp(v) for k, v in means}
 
 
 # === Behaviour ========================================================================================================
 
 
 class Actor(nn.Module):
-    """Policy over one-hot actions (categorical) or actions in [-1, 1]^A (normal, bounded mean and deviation).
-    Changed from dreamer_v2.py: [C2], [C6]"""
+    """Policy over one-hot actions (categorical) or actions in [-1, 1]^A (normal, bounded mean and deviation)."""
 
     def __init__(self, args, feat_dim, action_dim, discrete):
         super().__init__()
         self.discrete = discrete
-        self.layers = nn.Sequential(*[Layer(args.units if i else feat_dim, args.units) for i in range(3)])
-        self.outputs = nn.ModuleList(Linear(args.units, action_dim, 0.01) for _ in range(1 if discrete else 2))
+        self.layers = MLP(feat_dim, args.units, 3)
+        self.outputs = nn.ModuleList(Output(args.units, action_dim, 0.01) for _ in range(1 if discrete else 2))
 
     def forward(self, feat):
-        """(..., F) -> log-probabilities (..., A), or mean and standard deviation (..., A).
-        Changed from dreamer_v2.py: [C6]"""
+        """(..., F) -> log-probabilities (..., A), or mean and standard deviation (..., A)."""
         x = self.layers(feat)
-        outputs = [output(x).float() for output in self.outputs]
+        outputs = [output(x) for output in self.outputs]
         if self.discrete:
             return (outputs[0].log_softmax(-1),)
         return outputs[0].tanh(), 0.9 * torch.sigmoid(outputs[1] + 2) + 0.1
 
-    def sample(self, policy, noise):
-        """Noise: uniform (..., 1) or normal (..., A) -> action (..., A), not clipped.
-        Changed from dreamer_v2.py: [C6]"""
-        return sample_onehot(policy[0].exp(), noise) if self.discrete else policy[0] + policy[1] * noise
+    def sample(self, policy):
+        """-> action (..., A), one-hot or not clipped."""
+        return sample_onehot(policy[0].exp()) if self.discrete else torch.normal(*policy)
 
     def log_prob(self, policy, action):
         if self.discrete:
@@ -1152,38 +823,35 @@ class Actor(nn.Module):
 
 
 class Behaviour(nn.Module):
-    """Actor, critic, the critic's slow average and the range of returns. Changed from dreamer_v2.py: [C1], [C7]"""
+    """Actor, critic, the critic's slow average and the range of returns."""
 
     def __init__(self, args, action_dim, discrete):
         super().__init__()
         self.args = args
         feat_dim = args.deter + args.stoch * args.classes
         self.actor = Actor(args, feat_dim, action_dim, discrete)
-        self.critic = MLP(feat_dim, args.bins, 3, args.units, 0.0)
-        self.slow_critic = MLP(feat_dim, args.bins, 3, args.units, 0.0).requires_grad_(False)
-        self.slow_critic.load_state_dict(self.critic.state_dict())
+        self.critic = MLP(feat_dim, args.units, 3, args.bins, 0.0)
+        self.slow_critic = MLP(feat_dim, args.units, 3, args.bins, 0.0).requires_grad_(False)
         self.register_buffer("return_range", torch.zeros(2))  # averages of these percentiles
         self.register_buffer("percentiles", torch.tensor([0.05, 0.95]), persistent=False)
 
-    def loss(self, world_model, data, deter, stoch, feat, noise):
-        """Losses of actor and critic by name, (N, H) and, on the replayed sequences, (B, L); stats.
+    def loss(self, world_model, data, deter, stoch, feat):
+        """Eq. 5 to 7 (arXiv:2301.04104v2): losses of actor and critic by name, (N, H) and, on replay, (B, L); stats.
 
-        Eq. 5 to 7 (arXiv:2301.04104v2); data as for the world model; deter (B, T, D), stoch (B, T, S, K), feat
-        (B, T, F); noise: prior (N, H, S, 1), action (N, R, 1 or A).
-        Changed from dreamer_v2.py: [C6], [C7], [C8]
+        data as for the world model; deter (B, T, D), stoch (B, T, S, K), feat (B, T, F).
         """
         args, actor = self.args, self.actor
         with torch.no_grad():
             start = deter.flatten(0, 1), stoch.flatten(0, 1)
-            policy = lambda feat, t: actor.sample(actor(feat), noise["action"][:, t])  # noqa: E731
-            imag_feat, imag_action = world_model.rssm.imagine(start, policy, noise["prior"])
-            reward = world_model.reward(imag_feat)  # (N, R)
-            cont = world_model.cont(imag_feat)  # (N, R)
-            slow_value = twohot_mean(self.slow_critic(imag_feat))  # (N, R)
+            policy = lambda feat, t: actor.sample(actor(feat))  # noqa: E731
+            imag_feat, imag_action = world_model.rssm.imagine(start, policy, args.imagination_horizon)
+            reward = world_model.reward(imag_feat)  # (N, P)
+            cont = world_model.cont(imag_feat)  # (N, P)
+            slow_value = twohot_mean(self.slow_critic(imag_feat))  # (N, P)
             weight = cont.cumprod(1)[:, :-1]  # (N, H)
         torch.clear_autocast_cache()  # which holds copies of the actor's weights that were made without gradient
-        critic_logit = self.critic(imag_feat)  # (N, R, X)
-        value = twohot_mean(critic_logit.detach())  # (N, R)
+        critic_logit = self.critic(imag_feat)  # (N, P, X)
+        value = twohot_mean(critic_logit.detach())  # (N, P)
         returns = lambda_return(reward, cont, torch.zeros_like(cont), value, value[:, -1], args.lmbda)  # (N, H)
         scale = self.scale(returns)
         advantage = (returns - value[:, :-1]) / scale  # (N, H)
@@ -1195,45 +863,31 @@ class Behaviour(nn.Module):
 
         # on the replayed sequences, from the imagined returns; its gradient reaches the world model
         boot = returns[:, 0].view(data["reward"].shape)  # (B, T)
-        last = data["is_last"].float()
+        last = data["is_last"].float()  # (B, T)
         going_on = (1 - data["is_terminal"].float()) * (1 - 1 / args.discount_horizon)  # (B, T)
         replay_returns = lambda_return(data["reward"], going_on, last, boot, boot[:, -1], args.lmbda)  # (B, L)
         slow_start = slow_value[:, 0].view(boot.shape)[:, :-1]  # (B, L)
         replay_loss = twohot_loss(self.critic(feat[:, :-1]), replay_returns, slow_start)  # (B, L)
         losses["replay_critic_loss"] = (1 - last[:, :-1]) * replay_loss
-        stats = {
-            "actor_entropy": entropy.mean(),
-            "advantage_std": advantage.std(),
-            "value_mean": value.mean(),
-            "return_mean": returns.mean(),
-            "return_scale": scale,
-            "imagined_reward": reward.mean(),
-            "imagined_continue": cont.mean(),
-        }
-        return losses, stats
+        stats = dict(actor_entropy=entropy.mean(), advantage_std=advantage.std(), value_mean=value.mean())
+        stats |= dict(return_mean=returns.mean(), return_scale=scale)
+        return losses, stats | dict(imagined_reward=reward.mean(), imagined_continue=cont.mean())
 
     def scale(self, returns):
-        """What returns are divided by: max(1, range from the 5th to the 95th percentile), Eq. 7; updates the range.
-        [C6]"""
-        if dist.is_initialized():
+        """What returns are divided by: max(1, range from the 5th to the 95th percentile), Eq. 7; updates the range."""
+        if dist.is_initialized():  # the returns of all processes
             parts = [torch.empty_like(returns) for _ in range(dist.get_world_size())]
             dist.all_gather(parts, returns)
             returns = torch.cat(parts)
         self.return_range.lerp_(torch.quantile(returns, self.percentiles), self.args.return_rate)
         return (self.return_range[1] - self.return_range[0]).clamp(min=1)
 
-    @torch.no_grad()
-    def update_slow_critic(self):
-        torch._foreach_lerp_(
-            list(self.slow_critic.parameters()), list(self.critic.parameters()), self.args.slow_critic_rate
-        )
-
 
 # === Agent ============================================================================================================
 
 
 class LaProp:
-    """Adaptive gradient clipping, then RMS scaling, then momentum, then a warmed-up learning rate (p. 8). [C9]"""
+    """Adaptive gradient clipping, then RMS scaling, then momentum, then a warmed-up learning rate (p. 8)."""
 
     def __init__(self, params, args):
         self.params, self.args = list(params), args
@@ -1258,295 +912,94 @@ class LaProp:
         torch._foreach_sub_(self.params, torch._foreach_mul(self.momentum, rate / (1 - 0.9**self.updates)))
         return {"grad_norm": grad_norm.norm(), "learning_rate": rate}
 
-    def state_dict(self):
-        return dict(square=self.square, momentum=self.momentum, updates=self.updates)
-
-    def load_state_dict(self, state):
-        for mine, saved in zip(self.square + self.momentum, state["square"] + state["momentum"], strict=True):
-            mine.copy_(saved)
-        self.updates.copy_(state["updates"])
+    def state(self):
+        """All that an update depends on besides parameters and gradients, as a list of tensors."""
+        return [*self.square, *self.momentum, self.updates]
 
 
 class Agent(nn.Module):
-    """World model, behaviour and optimizer: what is trained, what acts, what is saved.
-    Changed from dreamer_v2.py: [C9]"""
+    """World model, behaviour and optimizer: what is trained and what acts."""
 
     def __init__(self, args, spaces, action_space, device="cpu"):
         super().__init__()
-        self.args, self.device = args, torch.device(device)
+        self.args, self.spaces, self.device = args, spaces, torch.device(device)
         self.discrete = isinstance(action_space, gym.spaces.Discrete)
         self.action_dim = int(action_space.n) if self.discrete else action_space.shape[0]
         self.world_model = WorldModel(args, spaces, self.action_dim)
         self.behaviour = Behaviour(args, self.action_dim, self.discrete)
-        self.to(device)
+        self.apply(initialise).to(device)
+        self.behaviour.slow_critic.load_state_dict(self.behaviour.critic.state_dict())
         self.trained = [p for p in self.parameters() if p.requires_grad]
         self.optimizer = LaProp(self.trained, args)
         if args.compile:
-            if not can_compile():
-                raise Failure("--compile needs a compiler: apt-get install g++ python3-dev (or say --no-compile)")
             model, actor = self.world_model, self.behaviour.actor
             for part, name in ((model.rssm, "obs_step"), (model.rssm, "img_step"), (actor, "forward")):
                 setattr(part, name, torch.compile(getattr(part, name), dynamic=False))
         self.autocast = lambda: torch.autocast(self.device.type, torch.bfloat16, enabled=args.amp)
 
-    def replay_spaces(self):
-        """What the agent adds to each step of the replay: key -> (shape, dtype). Changed from dreamer_v2.py: [C11]"""
-        latents = {"deter": ((self.args.deter,), "float32"), "stoch": ((self.args.stoch,), "uint8")}
-        return {"action": ((self.action_dim,), "float32")} | latents
-
-    def replay_values(self, carry):
-        """What it adds, from what acting carries. Changed from dreamer_v2.py: [C11]"""
-        return {"deter": carry[0].cpu(), "stoch": carry[1].argmax(-1).cpu()}
+    def layout(self):
+        """What the replay holds of each step: key -> (shape, dtype)."""
+        obs = {key: (space.shape, space.dtype.name) for key, space in self.spaces.items()}
+        flags = {key: ((), "bool") for key in FLAGS}
+        latents = {"deter": ((self.args.deter,), "float32"), "stoch": ((self.args.stoch,), "int16")}
+        return obs | flags | latents | {"reward": ((), "float32"), "action": ((self.action_dim,), "float32")}
 
     def initial(self, num_envs):
-        """What acting carries from step to step, at the start of an episode: deter, stoch, action (E, A)."""
+        """What acting carries from step to step, at the start: deter, stoch, action (num_envs, A)."""
         state = self.world_model.rssm.initial(num_envs)
         return *state, torch.zeros(num_envs, self.action_dim, device=self.device)
 
     @torch.no_grad()
-    def act(self, obs, carry, training=True):
-        """Observations with is_first of E environments, what it returned last -> deter, stoch, action (E, A).
-
-        Evaluation samples actions too.
-        Changed from dreamer_v2.py: [C6]
-        """
+    def act(self, obs, carry):
+        """Observations (num_envs, ...) with is_first, what it returned last -> deter, stoch, a sample of the action."""
         deter, stoch, action = carry
         with self.autocast():
-            embed = self.world_model.encoder({key: value.unsqueeze(1) for key, value in obs.items()})
-            steps = action.unsqueeze(1), obs["is_first"].unsqueeze(1), (deter, stoch), self.latent_noise(len(action), 1)
-            deter, stoch, _ = (x.squeeze(1) for x in self.world_model.rssm.observe(embed, *steps))
-            policy = self.behaviour.actor(feature(deter, stoch))
-            return deter, stoch, self.behaviour.actor.sample(policy, self.action_noise(len(action)))
+            embed = self.world_model.encoder({key: obs[key].unsqueeze(1) for key in self.spaces}).squeeze(1)
+            mask = 1 - obs["is_first"].float().unsqueeze(-1)
+            (deter, stoch), _ = self.world_model.rssm.obs_step((deter, stoch), action, embed, mask)
+            return deter, stoch, self.policy(deter, stoch)
+
+    def policy(self, deter, stoch):
+        """A sample of the actor's action in a state: (num_envs, A)."""
+        return self.behaviour.actor.sample(self.behaviour.actor(feature(deter, stoch)))
 
     def env_action(self, action):
-        """Actions (E, A) -> what the environments take: (E,) or (E, A)."""
-        return (action.argmax(-1) if self.discrete else action).cpu().numpy()
-
-    def latent_noise(self, *shape, generator=None):
-        """What one state's sample takes: uniform (..., S, 1). Changed from dreamer_v2.py: [C3]"""
-        device = self.device if generator is None else "cpu"
-        return torch.rand(*shape, self.args.stoch, 1, generator=generator, device=device).to(self.device)
-
-    def action_noise(self, *shape):
-        """What one action's sample takes: uniform (..., 1) or normal (..., A). Changed from dreamer_v2.py: [C6]"""
-        draw, size = (torch.rand, 1) if self.discrete else (torch.randn, self.action_dim)
-        return draw(*shape, size, device=self.device)
-
-    def noise(self, B, T):
-        """All random numbers of one update: post (B, T, S, 1), prior (N, H, S, 1), action (N, R, 1 or A)."""
-        H = self.args.imagination_horizon
-        noise = {"post": self.latent_noise(B, T), "prior": self.latent_noise(B * T, H)}
-        return noise | {"action": self.action_noise(B * T, H + 1)}
+        """Actions (num_envs, A) -> what the environments take: (num_envs,) or (num_envs, A)."""
+        return (action.argmax(-1) if self.discrete else action.clamp(-1, 1)).cpu().numpy()
 
     def start(self, data):
-        """The state before a sequence, from the latents that the replay holds. Changed from dreamer_v2.py: [C11]"""
+        """The state before a sequence, from the latents that the replay holds."""
         return data["deter"], F.one_hot(data["stoch"].long(), self.args.classes).float()
 
-    def loss(self, data, noise):
-        """Batch and noise -> losses (means, by name), the scaled sum, the new latents, stats. [C9]"""
+    def loss(self, data):
+        """Batch -> losses (means, by name), the scaled sum, the new latents, stats; Eq. 4 (arXiv:2301.04104v2)."""
         args = self.args
         with self.autocast():
-            losses, deter, stoch, feat, stats = self.world_model.loss(data, self.start(data), noise["post"])
-            more, more_stats = self.behaviour.loss(self.world_model, data, deter, stoch, feat, noise)
+            losses, deter, stoch, feat, stats = self.world_model.loss(data, self.start(data))
+            more, more_stats = self.behaviour.loss(self.world_model, data, deter, stoch, feat)
         losses = {name: loss.mean() for name, loss in (losses | more).items()}
         scales = {"dyn_loss": args.dyn_scale, "rep_loss": args.rep_scale}
         scales["replay_critic_loss"] = args.replay_critic_scale
         total = sum(scales.get(name, 1.0) * loss for name, loss in losses.items())
-        latents = {"deter": deter.detach(), "stoch": stoch.detach().argmax(-1).to(torch.uint8)}
+        latents = {"deter": deter.detach(), "stoch": stoch.detach().argmax(-1).to(torch.int16)}
         return losses, total, latents, stats | more_stats
 
-    def update(self, data, noise=None):
+    def update(self, data):
         """One gradient step on a batch from the replay -> the new latents, metrics by key; never waits for the GPU.
 
-        data: observations (B, T, ...), action (B, T, A), reward, is_first, is_last, is_terminal (B, T), and the state
-        before it: deter (B, D), stoch (B, S). With several processes each has its share of the batch.
-        Changed from dreamer_v2.py: [C9], [C11]
+        data: observations (B, T, ...), action, reward, flags, and the latents before it: deter (B, D), stoch (B, S).
         """
-        noise = noise or self.noise(*data["reward"].shape)
-        losses, total, latents, stats = self.loss(data, noise)
-        grads = average(torch.autograd.grad(total, self.trained))
+        losses, total, latents, stats = self.loss(data)
+        grads = torch.autograd.grad(total, self.trained)
+        if dist.is_initialized():
+            for grad in grads:
+                dist.all_reduce(grad.div_(dist.get_world_size()))
         stats |= self.optimizer.step(grads)
-        self.behaviour.update_slow_critic()
+        slow, fast = self.behaviour.slow_critic.parameters(), self.behaviour.critic.parameters()
+        with torch.no_grad():
+            torch._foreach_lerp_(list(slow), list(fast), self.args.slow_critic_rate)
         metrics = {f"losses/{k}": v for k, v in losses.items()} | {f"stats/{k}": v for k, v in stats.items()}
         return latents, {key: value.detach().float() for key, value in metrics.items()}
-
-    def get_extra_state(self):
-        return self.optimizer.state_dict()
-
-    def set_extra_state(self, state):
-        self.optimizer.load_state_dict(state)
-
-
-def can_compile():
-    """Whether torch.compile finds what it needs."""
-    headers = os.path.exists(os.path.join(sysconfig.get_path("include"), "Python.h"))
-    return headers and any(shutil.which(name) for name in (os.environ.get("CXX", "g++"), "clang++"))
-
-
-def average(tensors):
-    """Means over all processes; the tensors themselves if there is one."""
-    if not dist.is_initialized():
-        return tensors
-    flat = torch.cat([tensor.flatten() for tensor in tensors]) / dist.get_world_size()
-    dist.all_reduce(flat)
-    return [part.view_as(t) for part, t in zip(flat.split([t.numel() for t in tensors]), tensors, strict=True)]
-
-
-# === Dream ============================================================================================================
-
-
-class Dream(gym.Env):
-    """The learned world model as a Gymnasium environment, for any agent and for `gymnasium.utils.play`.
-
-    It starts in the model's state after `context` steps of the real environment; every step from there is imagined.
-    Observations are decoded; info["real"] is what the real environment shows after the same actions, while its episode
-    lasts. The dream ends where the continue head says so, or is cut after `length` steps.
-    """
-
-    metadata = {"render_modes": ["rgb_array"], "render_fps": 15}
-    render_mode = "rgb_array"
-
-    def __init__(self, agent, env, context=5, length=500):
-        self.agent, self.env, self.context, self.length = agent, env, context, length
-        self.observation_space = gym.spaces.Dict({k: v for k, v in env.observation_space.items() if k not in FLAGS})
-        self.action_space = env.action_space
-
-    def reset(self, *, seed=None, options=None):
-        super().reset(seed=seed)
-        self.generator = torch.Generator().manual_seed(int(self.np_random.integers(2**31)))
-        with torch.random.fork_rng():
-            torch.manual_seed(self.generator.initial_seed())
-            self.real, self.state = self.env.reset(seed=int(self.np_random.integers(2**31)))[0], self.agent.initial(1)
-            for step in range(self.context + 1):
-                obs = {key: np.asarray(value)[None] for key, value in self.real.items()}
-                self.state = self.agent.act(to_tensors(obs, self.agent.device), self.state)
-                if step < self.context:
-                    self.real = self.env.step(self.agent.env_action(self.state[2])[0])[0]
-        self.steps = 0
-        return self.observation(), {"real": self.real}
-
-    @torch.no_grad()
-    def step(self, action):
-        """An action of the environment's action space."""
-        model, agent = self.agent.world_model, self.agent
-        action = torch.as_tensor(np.asarray(action), device=agent.device)
-        action = (F.one_hot(action, agent.action_dim) if agent.discrete else action).float().unsqueeze(0)
-        noise = agent.latent_noise(1, generator=self.generator)
-        self.state = *model.rssm.img_step(self.state[:2], action, noise, model.rssm.kernels()), action
-        if not self.real["is_last"]:
-            self.real = self.env.step(agent.env_action(action)[0])[0]
-        self.steps += 1
-        feat = feature(*self.state[:2])
-        over = bool(model.cont(feat) < 0.5), self.steps >= self.length
-        return self.observation(), model.reward(feat).item(), *over, {"real": self.real}
-
-    @torch.no_grad()
-    def observation(self):
-        feat = feature(*self.state[:2]).unsqueeze(1)
-        decoded = self.agent.world_model.decode(feat)
-        self.obs = {key: value[0, 0].cpu().numpy()[()] for key, value in decoded.items()}
-        return self.obs
-
-    def render(self):
-        return picture(self.obs)
-
-
-def picture(obs):
-    """An observation as a picture (H, W, 3): its images side by side or, if there are none, its vectors as bars."""
-    images = [obs[key] for key in sorted(obs) if np.ndim(obs[key]) == 3]
-    if images:
-        return np.concatenate([x[..., :3] if x.shape[-1] >= 3 else np.repeat(x[..., :1], 3, -1) for x in images], 1)
-    values = np.concatenate([np.ravel(obs[key]).astype(np.float32) for key in sorted(obs) if key not in FLAGS])
-    canvas = np.full((64, max(64, 4 * len(values)), 3), 255, np.uint8)
-    for i, height in enumerate(np.rint(31 * np.tanh(values / 2)).astype(int)):
-        canvas[32 - max(height, 0) : 33 - min(height, 0), 4 * i : 4 * i + 3] = (60, 90, 160)
-    return canvas
-
-
-@torch.no_grad()
-def open_loop(agent, data, context=5):
-    """Video (T, 3·H, W, 3): truth, model, error; the model sees `context` steps (framed), then only the actions."""
-    model = agent.world_model
-    noise = agent.latent_noise(*data["reward"].shape, generator=torch.Generator().manual_seed(0))
-    seen = model.encoder(data), data["action"], data["is_first"]
-    seen = model.rssm.observe(*(x[:, :context] for x in seen), agent.start(data), noise[:, :context])
-    state, feats = (seen[0][:, -1], seen[1][:, -1]), [feature(*seen[:2])]
-    for t in range(context, noise.shape[1]):
-        state = model.rssm.img_step(state, data["action"][:, t], noise[:, t], model.rssm.kernels())
-        feats.append(feature(*state).unsqueeze(1))
-    dream = {key: value.cpu().numpy() for key, value in model.decode(torch.cat(feats, 1)).items()}
-    truth = {key: data[key].cpu().numpy() for key in dream}
-    video = []
-    for t in range(noise.shape[1]):
-        columns = []
-        for b in range(noise.shape[0]):
-            true, dreamt = (picture({key: value[b, t] for key, value in obs.items()}) for obs in (truth, dream))
-            error = ((dreamt.astype(np.int16) - true + 255) // 2).astype(np.uint8)
-            if t < context:
-                for frame in (true, dreamt):
-                    frame[:2], frame[-2:], frame[:, :2], frame[:, -2:] = [[60, 180, 75]] * 4
-            columns.append(np.concatenate([true, dreamt, error]))
-        video.append(np.concatenate(columns, 1))
-    return np.stack(video)
-
-
-# === Run ==============================================================================================================
-
-
-class Log:
-    """Scalars and videos -> TensorBoard and metrics.csv (frame, key, value); later rows than `frame` are dropped."""
-
-    def __init__(self, run, frame):
-        self.writer = SummaryWriter(run, purge_step=frame + 1)
-        path, rows = f"{run}/metrics.csv", [["frame", "key", "value"]]
-        if os.path.exists(path):
-            with open(path, newline="") as file:
-                rows += [row for row in csv.reader(file) if len(row) == 3 and row[0].isdigit() and int(row[0]) <= frame]
-        self.file = open(path, "w", newline="")
-        self.csv = csv.writer(self.file)
-        self.csv.writerows(rows)
-        self.file.flush()
-
-    def scalars(self, frame, values):
-        try:
-            for key, value in values.items():
-                self.writer.add_scalar(key, value, frame)
-                self.csv.writerow([frame, key, float(value)])
-            self.file.flush()
-        except OSError as error:
-            raise Interrupted(f"cannot write the metrics ({error})") from None
-
-    def video(self, frame, key, frames, fps=15):
-        """(T, H, W, 3), which TensorBoard shows as an animated GIF."""
-        buffer, images = io.BytesIO(), [Image.fromarray(x).quantize(256, dither=Image.Dither.NONE) for x in frames]
-        images[0].save(buffer, "GIF", save_all=True, append_images=images[1:], duration=1000 // fps, loop=0)
-        size = dict(height=frames.shape[1], width=frames.shape[2], colorspace=3)
-        image = Summary.Image(**size, encoded_image_string=buffer.getvalue())
-        self.writer.file_writer.add_summary(Summary(value=[Summary.Value(tag=key, image=image)]), frame)
-
-
-def write_mp4(path, frames, fps=30):
-    """Pictures (H, W, 3) -> mp4 file, enlarged to at least 256 lines."""
-    import av
-
-    os.makedirs(os.path.dirname(path), exist_ok=True)
-    zoom = -(-256 // frames[0].shape[0])
-    with av.open(path, "w") as file:
-        stream = file.add_stream("libx264", rate=fps)
-        stream.height, stream.width = (zoom * size // 2 * 2 for size in frames[0].shape[:2])
-        for frame in frames:
-            frame = frame.repeat(zoom, 0).repeat(zoom, 1)[: stream.height, : stream.width]
-            file.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), "rgb24")))
-        file.mux(stream.encode())
-    print(path)
-
-
-def to_tensors(values, device):
-    """Arrays by key -> tensors on the device."""
-    tensors = {key: torch.from_numpy(np.ascontiguousarray(value)) for key, value in values.items()}
-    if device.type == "cuda":
-        tensors = {key: tensor.pin_memory().to(device, non_blocking=True) for key, tensor in tensors.items()}
-    return tensors
 
 
 class Graph:
@@ -1578,480 +1031,293 @@ class Graph:
         return self.outputs
 
 
-def save(path, state):
-    """A checkpoint is there whole or not at all: temporary file, fsync, rename. Failure if it cannot be written."""
-    try:
-        with open(f"{path}.tmp", "wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(f"{path}.tmp", path)
-    except (OSError, RuntimeError) as error:
-        if os.path.exists(f"{path}.tmp"):
-            os.remove(f"{path}.tmp")
-        raise Failure(f"cannot write {path} ({error}): make room; the checkpoint before it is kept") from None
+# === Dream ============================================================================================================
 
 
-def load(run, device, resume=False):
-    """The checkpoint of a run. Failure if it is missing, cut short, not of this script, or not meant to be resumed."""
-    try:
-        state = torch.load(f"{run}/checkpoint.pt", map_location=device, weights_only=True)
-    except FileNotFoundError:
-        raise Failure(f"{run} has no checkpoint.pt: it was stopped before its first save") from None
-    except Exception as error:
-        raise Failure(f"{run}/checkpoint.pt cannot be read, it is not whole ({type(error).__name__})") from None
-    if not isinstance(state, dict) or state.get("script") != SCRIPT:
-        raise Failure(f"{run}/checkpoint.pt is not a checkpoint of {SCRIPT}.py")
-    if resume and "_extra_state" not in state["agent"]:
-        raise Failure(f"{run} can be played and evaluated, but not resumed: it was released without its optimizer")
-    return state
+class Dream(gym.Env):
+    """The learned world model as a Gymnasium environment: it sees an episode's first observation, imagines the rest.
 
-
-def load_agent(agent, state):
-    try:
-        agent.load_state_dict({"_extra_state": agent.get_extra_state()} | state["agent"])
-    except RuntimeError as error:
-        raise Failure(f"the checkpoint is of another size: {str(error).splitlines()[-1].strip()}") from None
-
-
-def random_states(rng, device):
-    """States of all random number generators, as a checkpoint can hold them."""
-    cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
-    return dict(python=random.getstate(), sampling=rng.bit_generator.state, torch=torch.get_rng_state(), cuda=cuda)
-
-
-def set_random_states(states, rng, device):
-    random.setstate(states["python"])
-    rng.bit_generator.state = states["sampling"]
-    torch.set_rng_state(states["torch"].cpu())
-    if device.type == "cuda" and states["cuda"] is not None:
-        torch.cuda.set_rng_state(states["cuda"].cpu(), device)
-
-
-def restore_envs(envs, replay, agent, first, seed, episodes, lengths):
-    """Brings the environments to where the replay ends, by their episodes' seeds and the actions taken since then.
-
-    One that does not come back to the observation it had is not deterministic: it starts a fresh episode.
+    info["real"] is what the real environment shows after the same actions, while its episode lasts. A dream ends where
+    the continue head says so, or is cut after `length` steps.
     """
-    last, states, lost = (replay.count - 1) % replay.capacity, {}, []
-    for env, (episode, length) in enumerate(zip(episodes.tolist(), lengths, strict=True)):
-        rows = np.arange(replay.count - length, replay.count) % replay.capacity
-        states[first + env] = seed, episode, agent.env_action(torch.from_numpy(replay.arrays["action"][rows, env]))
-    for env, obs in enumerate(envs.call("restore", states)):
-        if any(not np.array_equal(replay.arrays[key][last, env], value) for key, value in obs.items()):
-            lost.append(first + env)
-    if lost:
-        print(f"environments {lost} are not deterministic: fresh episodes start there", file=sys.stderr)
-        envs.call("abandon", lost)
+
+    metadata = {"render_modes": ["rgb_array"], "render_fps": 15}
+    render_mode = "rgb_array"
+
+    def __init__(self, agent, env, length=500):
+        self.agent, self.env, self.length = agent, env, length
+        self.observation_space, self.action_space = env.observation_space, env.action_space
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        torch.manual_seed(int(self.np_random.integers(2**31)))
+        self.real, _ = self.env.reset(seed=seed)
+        self.steps, self.over = 0, False
+        obs = {key: value[None] for key, value in self.real.items()} | {"is_first": np.ones(1, bool)}
+        *self.state, _ = self.agent.act(to_tensors(obs, self.agent.device), self.agent.initial(1))
+        return self.observe()
+
+    @torch.no_grad()
+    def observe(self):
+        decoded = self.agent.world_model.decode(feature(*self.state).unsqueeze(1))
+        self.obs = {key: value[0, 0].cpu().numpy() for key, value in decoded.items()}
+        return self.obs, {"real": self.real}
+
+    @torch.no_grad()
+    def step(self, action):
+        agent, model = self.agent, self.agent.world_model
+        if not self.over:
+            self.real, _, terminated, truncated, _ = self.env.step(action)
+            self.over = terminated or truncated
+        action = torch.as_tensor(np.array([action]), device=agent.device)
+        action = F.one_hot(action, agent.action_dim).float() if agent.discrete else action.float()
+        self.state, self.steps = model.rssm.img_step(self.state, action), self.steps + 1
+        (obs, info), feat = self.observe(), feature(*self.state)
+        return obs, model.reward(feat).item(), model.cont(feat).item() < 0.5, self.steps >= self.length, info
+
+    @torch.no_grad()
+    def policy(self):
+        """What the actor does here, as an action of the environment's action space."""
+        return self.agent.env_action(self.agent.policy(*self.state))[0]
+
+    def render(self):
+        return picture(self.obs)
+
+
+def picture(obs):
+    """Observations (..., H, W, C) or (..., n) as pictures (..., H, W, 3): images side by side, or vectors as bars."""
+    images = [obs[key] for key in sorted(obs) if obs[key].dtype == np.uint8]
+    if images:
+        return np.concatenate([x[..., :3] if x.shape[-1] >= 3 else x[..., :1].repeat(3, -1) for x in images], -2)
+    bars = np.tanh(np.concatenate([obs[key] for key in sorted(obs)], -1) / 2)[..., None, :]  # (..., 1, n)
+    level = np.linspace(1, -1, 64)[:, None]
+    inside = (level <= bars.clip(min=0)) & (level >= bars.clip(max=0))  # (..., 64, n)
+    return np.where(inside.repeat(8, -1)[..., None], [60, 90, 160], 255).astype(np.uint8)
+
+
+@torch.no_grad()
+def open_loop(agent, data, context=5):
+    """Video (T, 3·H, B·W, 3): truth, model, error; the model sees `context` steps (barred), then only the actions."""
+    model, action, T = agent.world_model, data["action"], data["action"].shape[1]
+    seen = [x[:, :context] for x in (model.encoder(data), action, data["is_first"])]
+    deter, stoch, _ = model.rssm.observe(*seen, agent.start(data))
+    replayed = lambda _, t: action[:, min(context + t, T - 1)]  # noqa: E731
+    dream, _ = model.rssm.imagine((deter[:, -1], stoch[:, -1]), replayed, T - context)
+    dream = model.decode(torch.cat([feature(deter, stoch), dream[:, 1:]], 1))
+    truth, dream = (picture({key: obs[key].cpu().numpy() for key in dream}) for obs in (data, dream))
+    error = ((dream.astype(np.int16) - truth + 255) // 2).astype(np.uint8)
+    dream[:, :context, :2] = (60, 180, 75)
+    video = np.concatenate([truth, dream, error], 2)  # (B, T, 3·H, W, 3)
+    return np.concatenate(video, 2)
+
+
+# === Run ==============================================================================================================
 
 
 def setup(args):
-    """Device and numerical settings, joining the other processes of `torchrun` -> device, rank, number of processes."""
+    """Device and numerical settings; joins the other processes of `torchrun` -> device, rank, number of processes."""
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     cuda = args.cuda and torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
+    if args.num_envs % world or args.batch_size % world:
+        sys.exit(f"--num-envs {args.num_envs} and --batch-size {args.batch_size} must be multiples of {world}")
+    if world > 1:
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(hours=9))  # while the first evaluates
     if cuda:
         torch.cuda.set_device(device)
-    if "RANK" in os.environ and not dist.is_initialized():
-        dist.init_process_group("nccl" if cuda else "gloo")
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    if args.num_envs % world or args.batch_size % world:
-        raise Failure(f"--num-envs {args.num_envs} and --batch-size {args.batch_size} must be multiples of {world}")
+    elif sys.platform == "linux":  # glibc is to keep freed memory, or page faults cost an eighth of an update
+        mmap_max, trim_threshold = -4, -1
+        ctypes.CDLL(None).mallopt(mmap_max, 0)
+        ctypes.CDLL(None).mallopt(trim_threshold, 2**31 - 1)
     torch.backends.cudnn.deterministic = args.torch_deterministic
     torch.set_float32_matmul_precision("high")
-    random.seed(args.seed)
     torch.manual_seed(args.seed)
-    if not cuda and sys.platform == "linux":  # glibc is to keep freed memory: 40,000 page faults less in an update
-        libc = ctypes.CDLL(None)
-        if hasattr(libc, "mallopt"):
-            libc.mallopt(-4, 0)
-            libc.mallopt(-1, 2**31 - 1)
     return device, rank, world
 
 
-def agree(flag, device):
-    """Whether the flag is up in any process."""
-    if not dist.is_initialized():
-        return flag
-    flag = torch.tensor(float(flag), device=device)
-    dist.all_reduce(flag)
-    return bool(flag > 0)
-
-
-def start_log(args, run, frame, agent, replay):
-    """Writes and prints what runs, opens the log."""
-    saved = dataclasses.asdict(args) | {"script": SCRIPT}
-    with open(f"{run}/args.json", "w") as file:
-        json.dump(saved, file, indent=1)
-    if args.track:
-        import wandb
-
-        name = os.path.basename(run)
-        wandb.init(
-            project=args.wandb_project_name, entity=args.wandb_entity, name=name, config=saved, sync_tensorboard=True
-        )
-    log = Log(run, frame)
-    log.writer.add_text("args", show(saved))
-    print(show(saved))
-    print(
-        f"{run}: {sum(p.numel() for p in agent.trained):,} parameters, {agent.device}; {args.total_timesteps:,} frames"
-        f" of the environment, {args.action_repeat} for each action; at most {replay.bytes / 1e9:.1f} GB of replay"
-    )
-    return log
-
-
-def evaluate(agent, args, seed, frames=None):
-    """Returns of `eval_episodes` episodes, one in each of as many environments; `frames` gets pictures of the first."""
-    envs = make_envs(args, args.eval_episodes)
-    obs = envs.reset(seed=[seed] * envs.num_envs)[0]
-    carry, returns, over = agent.initial(envs.num_envs), np.zeros(envs.num_envs), np.zeros(envs.num_envs, bool)
-    while not over.all():
-        if frames is not None and not over[0]:
-            first = {key: value[0] for key, value in obs.items()}
-            pixels = any(np.ndim(value) == 3 for value in first.values())
-            frames.append(picture(first) if pixels else np.array(envs.call("render")[0]))
-        carry = agent.act(to_tensors(obs, agent.device), carry, training=False)
-        obs, reward, *_ = envs.step(agent.env_action(carry[2]))
-        returns += np.where(over, 0, reward)
-        over |= obs["is_last"] > 0
-    envs.close()
-    return returns
-
-
-def record(agent, args, replay, log, run, frame):
-    """Open-loop video and evaluation in the middle of training."""
-    if len(replay):
-        data, _ = replay.get(replay.draw(4, np.random.default_rng(frame)))
-        log.video(frame, "video/open_loop", open_loop(agent, to_tensors(data, agent.device)))
-    if args.eval_episodes:
-        frames = [] if args.capture_video else None
-        returns = evaluate(agent, args, args.seed + frame, frames)
-        log.scalars(frame, {"eval/episodic_return": returns.mean(), "eval/episodic_return_std": returns.std()})
-        if frames:
-            log.video(frame, "video/eval", np.stack(frames[::2]))
-            write_mp4(f"{run}/videos/eval_{frame}.mp4", frames)
-
-
-def train(args):
-    """Trains until `total_timesteps`, from the start or from a checkpoint; returns the run directory.
-    Changed from dreamer_v2.py: [C11], [C12]"""
-    device, rank, world = setup(args)
-    name = f"{args.env_id.replace('/', '-')}__{args.exp_name}__{args.seed}__{int(time.time())}"
-    names = [args.resume or f"{args.run_dir}/{name}"]
-    if world > 1:
-        dist.broadcast_object_list(names)
-    run, state, own = names[0], None, {}
-    if args.resume:
-        state = load(run, device, resume=True)
-        if len(state["processes"]) != world:
-            raise Failure(f"{run} was trained by {len(state['processes'])} processes: resume it with as many")
-        own = state["processes"][rank]
-    num_envs, batch_size = args.num_envs // world, args.batch_size // world
-    envs = make_envs(args, num_envs, rank * num_envs)
-    parallel = isinstance(envs, gym.vector.AsyncVectorEnv)
-    spaces = {key: space for key, space in envs.single_observation_space.items() if key not in FLAGS}
-    agent = Agent(args, spaces, envs.single_action_space, device)
-    stored = {key: (space.shape, space.dtype) for key, space in spaces.items()} | {key: ((), "bool") for key in FLAGS}
-    stored |= {"reward": ((), "float32")} | agent.replay_spaces()
-    size = min(args.replay_size, args.total_timesteps // args.action_repeat + args.num_envs) // args.num_envs
-    folder = f"{run}/replay/{rank}" if world > 1 else f"{run}/replay"
-    gone = [key for key in stored if state and not os.path.exists(f"{folder}/{key}.npy")]
-    if gone:
-        raise Failure(f"{folder} lacks {gone}: without its replay the run cannot go on")
-    replay = Replay(folder, stored, num_envs, max(size, own.get("capacity", 0)), args.batch_length)
-    rng = np.random.default_rng([args.seed, rank])
-    torch.manual_seed(args.seed + rank)
-    step, updates, due, due_from, sums = 0, 0, 0, None, {}
-    episode, episode_return, episode_length = (np.zeros(num_envs, dtype) for dtype in (np.int64, np.float64, np.int64))
-    if state:
-        load_agent(agent, state)
-        replay.load_state_dict(own["replay"])
-        step, updates, due, due_from = (state[key] for key in ("step", "updates", "due", "due_from"))
-        carry, sums = own["carry"], own["sums"]
-        episode, episode_return, episode_length = (x.cpu().numpy() for x in own["episodes"])
-        restore_envs(envs, replay, agent, rank * num_envs, args.seed, episode, episode_length)
-        set_random_states(own["random"], rng, device)
-        state = True  # what it held is in place
-    frame = step * args.action_repeat
-    log = start_log(args, run, frame, agent, replay) if rank == 0 else None
-    act, update, batch = Graph(agent.act, device), Graph(agent.update, device), None
-
-    def fetch():
-        data, index = replay.sample(batch_size, rng)
-        return to_tensors(data, device), index
-
-    def take(obs, reward, carry):
-        """Lets the agent see a step and act, and puts the step in the replay -> what acting carries on."""
-        obs = {key: value.astype(bool) if key in FLAGS else value for key, value in obs.items()}
-        tensors = to_tensors(obs, device)
-        action = torch.where(tensors["is_first"].unsqueeze(-1), 0, carry[2])
-        carry = tuple(x.clone() for x in act(tensors, carry))
-        replay.add(obs | {"reward": reward, "action": action.cpu()} | agent.replay_values(carry))
-        return carry
-
-    def checkpoint():
-        """Everything, so that the run goes on as if it had not stopped."""
-        replay.flush()
-        mine = dict(replay=replay.state_dict(), capacity=replay.capacity, carry=carry, sums=sums)
-        episodes = [torch.from_numpy(x) for x in (episode, episode_return, episode_length)]
-        mine |= dict(episodes=episodes, random=random_states(rng, device))
-        everyone = [mine] * world
-        if world > 1:
-            dist.gather_object(mine, everyone if rank == 0 else None)
-        if rank == 0:
-            whole = dict(script=SCRIPT, agent=agent.state_dict(), step=step, updates=updates, due_from=due_from)
-            save(f"{run}/checkpoint.pt", whole | dict(due=due, processes=everyone))
-
-    signals = []
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda number, _: signals.append(number))
-    if not state:
-        try:
-            obs = envs.reset(seed=[args.seed] * num_envs)[0]
-        except Exception as error:
-            raise Failure(f"the environment does not start: {error}") from error
-        carry = take(obs, np.zeros(num_envs), agent.initial(num_envs))
-        step, frame = args.num_envs, args.num_envs * args.action_repeat
-    saved_at, row_at = time.time(), (time.time(), frame)
-    bar = tqdm(total=args.total_timesteps, initial=frame, unit="frames", disable=rank > 0, smoothing=0.05)
+def load(run, agent):
+    """Fills an agent from the checkpoint of a run -> the checkpoint."""
     try:
-        while frame < args.total_timesteps and not agree(bool(signals), device):
-            replay.reserve()
-            action = agent.env_action(carry[2])
-            if parallel:
-                envs.step_async(action)  # the environments run while the model learns
-            burst, due_from = updates_due(args, step, due_from, len(replay) * world)
-            due += burst
-            while due:
-                started = time.time()
-                data, index = batch or fetch()
-                latents, metrics = update(data)
-                batch = fetch() if device.type == "cuda" else None  # while the GPU works
-                values = torch.stack(list(metrics.values())).tolist()
-                for key, value in zip([*metrics, "count"], [*values, 1], strict=True):
-                    if not math.isfinite(value):
-                        raise Failure(f"{key} is {value}, update {updates}, frame {frame}: the last checkpoint is kept")
-                    sums[key] = sums.get(key, 0.0) + value
-                replay.write(index, {key: value.cpu().numpy() for key, value in latents.items()})
-                updates, due = updates + 1, due - 1
-                if updates == 3 and device.type == "cpu" and rank == 0:
-                    left = (args.total_timesteps - frame) / args.action_repeat * updates_per_step(args)
-                    tell_cost(time.time() - started, left)
-                if due and agree(bool(signals), device):
-                    break
-            if due:  # a signal came in a burst of updates: --resume begins with the rest
-                break
-            try:
-                obs, reward, *_ = envs.step_wait() if parallel else envs.step(action)
-            except (EOFError, ConnectionError):
-                raise
-            except Exception as error:
-                traceback.print_exc()
-                text = " ".join(str(error).split())
-                raise Interrupted(f"an environment raised {type(error).__name__}: {text}, frame {frame}") from None
-            if not np.isfinite(reward).all():
-                raise Interrupted(f"an environment gave the reward {reward[~np.isfinite(reward)][0]} at frame {frame}")
-            carry = take(obs, reward, carry)
-            step += args.num_envs
-            before, frame = frame, step * args.action_repeat
-            passed = [every and frame // every > before // every for every in (args.log_every, args.eval_every)]
-            episode = episode + obs["is_first"]
-            episode_return = np.where(obs["is_first"], 0, episode_return + reward.astype(np.float32))
-            episode_length = np.where(obs["is_first"], 0, episode_length + 1)
-            if rank == 0:
-                bar.update(frame - before)
-                for env in np.flatnonzero(obs["is_last"]):
-                    log.scalars(frame, {"charts/episodic_return": episode_return[env]})
-                    log.scalars(frame, {"charts/episodic_length": episode_length[env] * args.action_repeat})
-                    bar.set_postfix_str(f"return {episode_return[env]:.1f}, updates {updates}")
-                if passed[0] and sums:
-                    row = {key: value / sums["count"] for key, value in sums.items() if key != "count"}
-                    row |= {"charts/SPS": (frame - row_at[1]) / (time.time() - row_at[0]), "charts/updates": updates}
-                    log.scalars(frame, row)
-                    sums, row_at = {}, (time.time(), frame)
-                if passed[1]:
-                    record(agent, args, replay, log, run, frame)
-            if agree(time.time() - saved_at > args.save_every * 60, device):
-                checkpoint()
-                saved_at = time.time()
-        checkpoint()
-    except Interrupted as error:
-        checkpoint()
-        raise Failure(f"{error}; saved: --resume {run} continues") from None
-    except (EOFError, ConnectionError):  # of a process of an environment; a signal may have been for the whole group
-        for process in getattr(envs, "processes", []):
-            process.kill()
-        envs.closed = True
-        checkpoint()
-        if not signals:
-            raise Failure(f"the process of an environment died at frame {frame}; --resume {run} continues") from None
-    finally:
-        act = update = None  # their graphs hold operations of the group of processes
-        bar.close()
-        gym.logger.min_level = 50  # it warns when a step is pending
-        try:
-            envs.close()
-        except (EOFError, ConnectionError):
-            envs.closed = True
-    if signals:
-        print(f"stopped at frame {frame} and saved: --resume {run} continues")
-        sys.exit(128 + signals[0])
-    return run
-
-
-def updates_per_step(args):
-    """Updates for each step of an environment. Changed from dreamer_v2.py: [C12]"""
-    return args.train_ratio / (args.batch_size * args.batch_length)
-
-
-def updates_due(args, step, due_from, sequences):
-    """Updates to do now, and the step up to which all are done then; None before the replay holds a first batch.
-    Changed from dreamer_v2.py: [C12]"""
-    if due_from is None:
-        return (1, step) if sequences >= args.batch_size * args.batch_length else (0, None)
-    due = int((step - due_from) * updates_per_step(args))
-    return due, due_from + due / updates_per_step(args)
-
-
-def tell_cost(seconds, updates):
-    """Without a GPU, nobody should find out at hour nine. Changed from dreamer_v2.py: [C12]"""
-    hours = seconds * updates / 3600
-    hint = "; --size 1m, --obs state and fewer --total-timesteps make it hours" if hours > 24 else ""
-    tqdm.write(f"an update takes {seconds:.2f} s on this CPU, the {updates:,.0f} to come {hours:.1f} hours{hint}")
+        state = torch.load(f"{run}/checkpoint.pt", map_location="cpu", weights_only=True)
+        agent.load_state_dict(state["agent"])
+        torch._foreach_copy_(agent.optimizer.state(), state.get("optimizer", agent.optimizer.state()))
+        return state
+    except Exception as error:
+        sys.exit(f"{run}/checkpoint.pt is missing, not whole or of other sizes: {str(error).splitlines()[-1].strip()}")
 
 
 def load_run(args, run):
     """The agent of a run and one of its environments."""
-    device, *_ = setup(args)
     env = make_env(args)
-    spaces = {key: space for key, space in env.observation_space.items() if key not in FLAGS}
-    agent = Agent(args, spaces, env.action_space, device)
-    load_agent(agent, load(run, device))
+    agent = Agent(args, env.observation_space.spaces, env.action_space, setup(args)[0])
+    load(run, agent)
     return agent, env
 
 
-def score(args):
-    """--evaluate: prints mean and standard deviation over episodes; with --capture-video writes the first as mp4."""
-    agent, _ = load_run(args, args.evaluate)
-    frames = [] if args.capture_video else None
-    returns = evaluate(agent, args, args.seed, frames)
-    print(f"{args.env_id}: {returns.mean():.2f} ± {returns.std():.2f} over {len(returns)} episodes")
-    if frames:
-        write_mp4(f"{args.evaluate}/videos/evaluate.mp4", frames)
+def evaluate(agent, args, seed, video=None, stop=()):
+    """Returns of `eval_episodes` episodes, one in each of as many environments; `video`: folder for an mp4 of one."""
+    envs = make_envs(args, args.eval_episodes, video)
+    obs, _ = envs.reset(seed=np.random.SeedSequence(seed).generate_state(envs.num_envs).tolist())
+    carry, first = agent.initial(envs.num_envs), np.ones(envs.num_envs, bool)
+    returns, running = np.zeros(envs.num_envs), np.ones(envs.num_envs, bool)
+    while running.any() and not stop:
+        carry = agent.act(to_tensors(obs | {"is_first": first}, agent.device), carry)
+        obs, reward, terminated, truncated, _ = envs.step(agent.env_action(carry[2]))
+        returns += np.where(running, reward, 0)
+        running &= ~(terminated | truncated)
+        first = np.zeros_like(first)
+    envs.close()
+    return returns
 
 
-PAGE = """<!doctype html><meta charset=utf-8><title>Dream</title>
-<style>body{font:16px sans-serif;margin:2em;background:#111;color:#ddd}
-img{height:320px;image-rendering:pixelated}</style>
-<h3>You act, the model dreams: <span id=text></span></h3>
-<img id=dream> <img id=real>
-<p>Left the dream; right what the real environment shows after the same actions.</p>
-<p>Keys: <span id=keys></span>; r starts a new dream; hold a key to go on.</p>
-<script>
-const held = new Set(); let busy = false
-async function ask(path) {
-  busy = true; const state = await (await fetch(path)).json(); busy = false
-  for (const id of ["dream", "real"]) {
-    const image = document.getElementById(id); image.hidden = !state[id]
-    if (state[id]) image.src = "data:image/png;base64," + state[id]
-  }
-  for (const id of ["text", "keys"]) document.getElementById(id).textContent = state[id]
-}
-onkeydown = event => { event.preventDefault(); held.add(event.key); if (event.key == "r") ask("/reset") }
-onkeyup = event => held.delete(event.key)
-setInterval(() => {
-  if (!busy && held.size && !held.has("r")) ask("/step?" + new URLSearchParams([...held].map(key => ["key", key])))
-}, 60)
-ask("/reset")
-</script>"""
-KEYS = ["ArrowRight", "ArrowLeft", "ArrowUp", "ArrowDown", "d", "a", "w", "s", "l", "j", "i", "k", *"1234567890"]
+def log_video(writer, key, frames, step):
+    """(T, H, W, 3), which TensorBoard shows as an animated GIF."""
+    file, images = io.BytesIO(), [Image.fromarray(frame) for frame in frames]
+    images[0].save(file, "GIF", save_all=True, append_images=images[1:], duration=66, loop=0)
+    image = Summary.Image(height=frames.shape[1], width=frames.shape[2], encoded_image_string=file.getvalue())
+    writer.file_writer.add_summary(Summary(value=[Summary.Value(tag=key, image=image)]), step)
 
 
-def key_action(keys, space):
-    """Keys held -> action: a key for each discrete action but the first, or two for each dimension, plus and minus."""
-    down = [key in keys for key in KEYS]
-    if isinstance(space, gym.spaces.Discrete):
-        return down.index(True) + 1 if True in down[: int(space.n) - 1] else 0
-    signs = [float(plus) - float(minus) for plus, minus in zip(down[::2], down[1::2], strict=True)]
-    return np.array((signs + [0.0] * space.shape[0])[: space.shape[0]], np.float32)
+def train(args):
+    """Trains until `total_timesteps` frames, from the start or from a checkpoint."""
+    device, rank, world = setup(args)
+    envs = make_envs(args, args.num_envs // world)
+    agent = Agent(args, envs.single_observation_space.spaces, envs.single_action_space, device)
+    name = [f"{args.env_id.replace('/', '-')}__{args.exp_name}__{args.seed}__{time.time_ns() // 1000}"]
+    if world > 1:
+        dist.broadcast_object_list(name)
+    run, saved = args.resume or f"{args.run_dir}/{name[0]}", load(args.resume, agent) if args.resume else {}
+    frame, updates, budget = saved.get("progress", (0, 0, 1.0))
+    records = int(1.02 * args.total_timesteps / args.action_repeat) + args.num_envs  # those of resets among them
+    steps = envs.num_envs, min(args.replay_size, records) // args.num_envs, args.batch_length
+    replay = Replay(f"{run}/replay/{rank}", agent.layout(), *steps, saved.get("replay"))
+    if rank == 0:
+        with open(f"{run}/args.tmp", "w") as file:
+            json.dump(dataclasses.asdict(args) | {"script": SCRIPT}, file, indent=1)
+        os.replace(f"{run}/args.tmp", f"{run}/args.json")
+        if args.track:
+            import wandb
 
+            wandb.init(project=args.wandb_project_name, entity=args.wandb_entity, sync_tensorboard=True, name=run)
+        writer = SummaryWriter(run, purge_step=frame + 1)
+        print(f"{run}: {sum(p.numel() for p in agent.trained):,} parameters, {device}")
 
-def png(frame):
-    """(H, W, 3) -> PNG in base64."""
-    buffer = io.BytesIO()
-    Image.fromarray(frame).save(buffer, "PNG")
-    return base64.b64encode(buffer.getvalue()).decode()
+    def save():
+        """A checkpoint is there whole or not at all; the replay that belongs to it lies beside it."""
+        for array in replay.arrays.values():
+            array.flush()
+        if rank > 0:
+            return
+        state = dict(agent=agent.state_dict(), optimizer=agent.optimizer.state(), replay=replay.state_dict())
+        with open(f"{run}/checkpoint.tmp", "wb") as file:
+            torch.save(state | {"progress": (frame, updates, budget)}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(f"{run}/checkpoint.tmp", f"{run}/checkpoint.pt")
 
+    stop = []
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # the first ends in good order, the next at once
+        signal.signal(number, lambda number, _: os._exit(128 + number) if stop else stop.append(number))
+    act, update, overlap = Graph(agent.act, device), Graph(agent.update, device), hasattr(envs, "step_async")
+    passed = lambda every: every and frame // every > before // every  # noqa: E731
+    rng = np.random.default_rng([0, args.seed, frame, rank])
+    torch.manual_seed(int(rng.integers(2**63)))
+    obs, _ = envs.reset(seed=rng.integers(2**32, size=envs.num_envs).tolist())
+    zeros, carry, data, batch = np.zeros(envs.num_envs, bool), agent.initial(envs.num_envs), None, None
+    record = obs | dict(reward=np.zeros(envs.num_envs), is_first=~zeros, is_last=zeros, is_terminal=zeros)
+    totals, counted, since, ending = 0.0, updates, (time.time(), frame), False
+    bar = tqdm(total=args.total_timesteps, initial=frame, unit="frames", disable=rank > 0, smoothing=0.05)
+    while frame < args.total_timesteps and not ending:
+        # Act, and add the step to the replay
+        led_here = carry[2].cpu()
+        carry = act(to_tensors(record, device), carry)
+        replay.add(record | dict(action=led_here, deter=carry[0].cpu(), stoch=carry[1].argmax(-1).cpu()))
+        action = agent.env_action(carry[2])
+        if overlap:  # the environments run while the model learns
+            envs.step_async(action)
 
-def play(args):
-    """--play: a page on 127.0.0.1 where you act in the dream; with --capture-video an mp4 of the actor in it."""
-    agent, env = load_run(args, args.play)
-    dream = Dream(agent, env)
-    obs, info = dream.reset(seed=args.seed)
-    if args.capture_video:
-        frames, over = [], False
-        while not over and len(frames) < 200:
-            frames.append(np.concatenate([picture(obs), picture(info["real"])], 1))
-            with torch.no_grad():
-                policy = agent.behaviour.actor(feature(*dream.state[:2]))
-                action = agent.behaviour.actor.sample(policy, agent.action_noise(1))
-            obs, _, terminated, truncated, info = dream.step(agent.env_action(action)[0])
-            over = terminated or truncated
-        return write_mp4(f"{args.play}/videos/dream.mp4", frames, fps=15)
-    used = int(dream.action_space.n) - 1 if agent.discrete else 2 * agent.action_dim
-    total = 0.0
+        # Learn: one update when the replay holds a first batch, then `train_ratio` replayed steps for each new one
+        if len(replay) * world >= args.batch_size * args.batch_length:
+            while budget >= 1 and not (stop and world == 1):
+                data, index = batch or replay.sample(args.batch_size // world, rng, device)
+                latents, metrics = update(data)
+                updates, budget = updates + 1, budget - 1
+                ahead = device.type == "cuda" and budget >= 1  # the next batch is read while the GPU works
+                batch = replay.sample(args.batch_size // world, rng, device) if ahead else None
+                values = torch.stack(list(metrics.values())).cpu().numpy()
+                if not np.isfinite(values).all():
+                    bad = [key for key, value in zip(metrics, values, strict=True) if not np.isfinite(value)]
+                    envs.close()
+                    sys.exit(f"not finite in update {updates}, frame {frame}: {bad}; the last checkpoint is kept")
+                replay.write(index, latents)
+                totals = totals + values
+            budget += args.num_envs * args.train_ratio / (args.batch_size * args.batch_length)
 
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_GET(self):
-            nonlocal total
-            url = urllib.parse.urlparse(self.path)
-            if url.path == "/":
-                return self.reply("text/html", PAGE)
-            if url.path == "/reset":
-                (obs, info), total, text = dream.reset(), 0.0, "a new dream"
-            elif url.path == "/step":
-                keys = urllib.parse.parse_qs(url.query).get("key", [])
-                obs, reward, terminated, truncated, info = dream.step(key_action(keys, dream.action_space))
-                total += reward
-                text = f"step {dream.steps}, reward {reward:.2f}, return {total:.1f}"
-                text += ", the end" * (terminated or truncated)
-            else:
-                return self.send_error(404)
-            frames = dict(dream=png(picture(obs)), real=png(picture(info["real"])))
-            self.reply("application/json", json.dumps(frames | dict(text=text, keys=" ".join(KEYS[:used]))))
+        # Step: the first step after an episode's last one resets, and is no frame
+        try:
+            obs, reward, terminated, truncated, info = envs.step_wait() if overlap else envs.step(action)
+            if not np.isfinite(reward).all():
+                raise ValueError(f"an environment gave a reward that is not finite: {reward}")
+        except Exception:
+            save()
+            raise
+        flags = dict(is_first=record["is_last"], is_last=terminated | truncated, is_terminal=terminated)
+        record = obs | flags | {"reward": reward}
+        taken, ending = int((~record["is_first"]).sum()), bool(stop)
+        if world > 1:  # all processes count the same frames and end together
+            both = torch.tensor([taken, ending], device=device)
+            dist.all_reduce(both)
+            taken, ending = both.tolist()
+        before, frame = frame, frame + taken * args.action_repeat
 
-        def reply(self, kind, body):
-            self.send_response(200)
-            self.send_header("Content-Type", kind)
-            self.end_headers()
-            self.wfile.write(body.encode())
+        # Save
+        if passed(args.save_every) or passed(args.eval_every):
+            save()
+        if rank > 0:
+            continue
 
-        def log_message(self, *_):
-            pass
+        # Log
+        bar.update(frame - before)
+        for env in np.flatnonzero(record["is_last"]):
+            length, episode_return = (info["episode"][key][env] for key in "lr")
+            writer.add_scalar("charts/episodic_return", episode_return, frame)
+            writer.add_scalar("charts/episodic_length", length * args.action_repeat, frame)
+            bar.set_postfix_str(f"return {episode_return:.1f}, updates {updates}", refresh=False)
+        if passed(args.log_every) and updates > counted:
+            row = dict(zip(metrics, totals / (updates - counted), strict=True)) | {"charts/updates": updates}
+            row["charts/SPS"] = (frame - since[1]) / (time.time() - since[0])
+            for key, value in row.items():
+                writer.add_scalar(key, value, frame)
+            totals, counted, since = 0.0, updates, (time.time(), frame)
 
-    server = http.server.HTTPServer(("127.0.0.1", 0), Handler)
-    port = server.server_port
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.default_int_handler)
-    try:
-        print(f"http://127.0.0.1:{port} (on a remote machine: ssh -L {port}:127.0.0.1:{port} <host>)", flush=True)
-        server.serve_forever()
-    except KeyboardInterrupt:
-        server.server_close()
+        # Evaluate
+        if passed(args.eval_every):
+            if data:
+                log_video(writer, "video/open_loop", open_loop(agent, {k: v[:4] for k, v in data.items()}), frame)
+            folder = f"{run}/videos/{frame}" if args.capture_video else None
+            returns = evaluate(agent, args, [1, args.seed, frame], folder, stop)
+            if not stop:
+                writer.add_scalar("eval/episodic_return", returns.mean(), frame)
+                writer.add_scalar("eval/episodic_return_std", returns.std(), frame)
+    save()
+    envs.close()
+    bar.close()
+    if rank == 0:
+        print(f"{'stopped' if stop else 'done'} at frame {frame} and saved: --resume {run}")
+    if stop:
+        sys.exit(128 + stop[0])
 
 
 def main(argv=None):
-    sys.stdout.reconfigure(line_buffering=True)
-    try:
-        args = parse_args(argv)
-        return score(args) if args.evaluate else play(args) if args.play else train(args)
-    except Failure as failure:
-        print(f"{SCRIPT}.py: {failure}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    args = parse_args(argv)
+    if args.evaluate:
+        agent, _ = load_run(args, args.evaluate)
+        returns = evaluate(agent, args, [1, args.seed], f"{args.evaluate}/videos" if args.capture_video else None)
+        print(f"{args.env_id}: {returns.mean():.2f} ± {returns.std():.2f} over {len(returns)} episodes")
+    else:
+        train(args)
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -4,9 +4,10 @@
     python benchmarks/curves.py runs/<run> [...]     # these runs
 
 Published points (benchmarks/published) are means over seeds of the mean episode return in a window of frames that ends
-at the point; ours are computed in the same windows from `charts/episodic_return` in metrics.csv, and not smoothed
-otherwise. A run lies inside if it is within two standard deviations of the published mean. Genie has no returns: of its
-runs the metrics on held-out clips are drawn.
+at the point; ours are computed in the same windows from `charts/episodic_return`, and not smoothed otherwise. A run is
+read from its metrics.csv (frame, key, value), which is made from its TensorBoard events where it is missing. A run lies
+inside if it is within two standard deviations of the published mean. Genie has no returns: of its runs the metrics on
+held-out clips are drawn.
 """
 
 import argparse
@@ -18,10 +19,28 @@ import os
 HERE = os.path.dirname(os.path.abspath(__file__))
 
 
+def write_csv(folder):
+    """TensorBoard events of a run -> metrics.csv; of values logged twice at a frame, the last counts."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(folder, {"scalars": 0}).Reload()
+    rows = {}
+    for key in events.Tags()["scalars"]:
+        episodes = key.startswith("charts/episodic")  # of which several may end at one frame
+        for i, event in enumerate(events.Scalars(key)):
+            rows[event.step, key, i if episodes else 0] = event.value
+    with open(f"{folder}/metrics.csv", "w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["frame", "key", "value"])
+        writer.writerows([frame, key, value] for (frame, key, _), value in sorted(rows.items()))
+
+
 def read_run(folder):
     """A run directory -> its arguments and the (frame, value) points of each key."""
     with open(f"{folder}/args.json") as file:
         args = json.load(file)
+    if not os.path.exists(f"{folder}/metrics.csv"):
+        write_csv(folder)
     points = collections.defaultdict(list)
     with open(f"{folder}/metrics.csv", newline="") as file:
         for row in csv.DictReader(file):
@@ -129,7 +148,7 @@ def main():
     folders = options.runs or [f"{results}/{name}" for name in sorted(os.listdir(results))]
     scripts = collections.defaultdict(list)
     for folder in folders:
-        if os.path.exists(f"{folder}/metrics.csv"):
+        if os.path.exists(f"{folder}/args.json"):
             args, points = read_run(folder)
             training, evaluation = points["charts/episodic_return"], points["eval/episodic_return"]
             scripts[args["script"]].append((args, points))

@@ -32,6 +32,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
+sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
+from curves import read_run
+
 CASES = {
     "dreamer_v3": {
         "1m state": "--env-id dmc-walker-walk --obs state --size 1m",
@@ -104,9 +107,26 @@ def product_rate(device, dtype):
     return 2 * size**3 / (timing["wall_ms" if device.type == "cuda" else "cpu_ms"] / 1e3)
 
 
+def device_of(script, args):
+    """What a script's `setup` says first, or says alone."""
+    device = script.setup(args)
+    return device[0] if isinstance(device, tuple) else device
+
+
+def frames_per_update(args):
+    """Frames of the environment for each update, on average."""
+    if hasattr(args, "train_ratio"):  # DreamerV3
+        return args.batch_size * args.batch_length / args.train_ratio * args.action_repeat
+    if not hasattr(args, "train_every"):  # PlaNet, whose collections are episodes
+        return (args.time_limit or 1000) / args.train_steps
+    if hasattr(args, "train_steps"):  # DreamerV1, which counts frames
+        return args.train_every / args.train_steps
+    return args.train_every * args.action_repeat
+
+
 def walker_spaces(script, args):
     """What dmc-walker-walk observes and takes, without making it."""
-    vectors = {"height": (), "orientations": (14,), "velocity": (9,)}
+    vectors = {"height": (1,), "orientations": (14,), "velocity": (9,)}
     spaces = {key: gym.spaces.Box(-np.inf, np.inf, shape) for key, shape in vectors.items()}
     if args.obs == "pixels":
         spaces = {"image": gym.spaces.Box(0, 255, (args.image_size, args.image_size, 3), np.uint8)}
@@ -116,8 +136,7 @@ def walker_spaces(script, args):
 def batch(script, args, agent, spaces):
     """A batch from a replay that was filled with random steps."""
     rng = np.random.default_rng(0)
-    stored = {key: (space.shape, space.dtype) for key, space in spaces.items()}
-    stored |= {key: ((), "bool") for key in script.FLAGS} | {"reward": ((), "float32")} | agent.replay_spaces()
+    stored = agent.layout()
     steps = 4 * args.batch_length
     with tempfile.TemporaryDirectory() as folder:
         replay = script.Replay(folder, stored, args.batch_size, steps, args.batch_length)
@@ -133,13 +152,14 @@ def batch(script, args, agent, spaces):
             place = t % (args.batch_length + 1)
             flags = dict(is_first=place == 0, is_last=place == args.batch_length, is_terminal=False)
             replay.add(step | {key: np.full(args.batch_size, flag) for key, flag in flags.items()})
-        return script.to_tensors(replay.sample(args.batch_size, rng)[0], agent.device)
+        batch = replay.sample(args.batch_size, rng, agent.device)
+        return batch[0] if isinstance(batch, tuple) else batch  # DreamerV3 says where they were drawn, too
 
 
 def measure(script, flags, options):
     """All figures of one case."""
     args = script.parse_args(flags.split() + switches(options))
-    device, *_ = script.setup(args)
+    device = device_of(script, args)
     spaces, action_space = walker_spaces(script, args)
     agent = script.Agent(args, spaces, action_space, device)
     row = {"parameters": sum(p.numel() for p in agent.trained), "batch": [args.batch_size, args.batch_length]}
@@ -190,15 +210,15 @@ def loop(script, args, flags, options):
     with tempfile.TemporaryDirectory() as folder:
         quiet = subprocess.DEVNULL
         start = (args.batch_size + args.num_envs) * args.batch_length * args.action_repeat
-        window = int(options.loop_updates * args.action_repeat / script.updates_per_step(args))
+        window = int(options.loop_updates * frames_per_update(args))
         window = max(frames, window // frames * frames)
         start = -(-start // window) * window
         command = [sys.executable, script.__file__, *flags.split(), "--run-dir", folder, "--eval-every", "0"]
         command += ["--total-timesteps", str(start + 2 * window), "--log-every", str(window)]
         command += switches(options)
         subprocess.run(command, check=True, stdout=quiet, stderr=quiet)
-        with open(f"{folder}/{os.listdir(folder)[0]}/metrics.csv") as file:
-            row["loop_frames_per_s"] = [float(x.split(",")[2]) for x in file if ",charts/SPS," in x][-1]
+        _, points = read_run(f"{folder}/{os.listdir(folder)[0]}")
+        row["loop_frames_per_s"] = points["charts/SPS"][-1][1]
     return row
 
 
@@ -220,7 +240,7 @@ class Still(gym.Env):
 def measure_stages(script, flags, options):
     """Figures of a script in stages: V, M, dreams all at once and one by one, rollouts of the environment per core."""
     args = script.parse_args(flags.split() + switches(options))
-    device, *_ = script.setup(args)
+    device = device_of(script, args)
     moves = gym.spaces.Discrete(3) if args.moves else gym.spaces.Box(-1, 1, (3,))
     spaces = {"image": gym.spaces.Box(0, 255, (args.image_size, args.image_size, 3), np.uint8)}
     agent, row = script.Agent(args, spaces, moves, device), {}
@@ -295,7 +315,7 @@ def measure_video(script, flags, options):
 
     for suffix, more in kinds.items():
         args = script.parse_args(flags.split() + more)
-        device, *_ = script.setup(args)
+        device = device_of(script, args)
         shape = (args.image_size, args.image_width or args.image_size, 3)
         agent, graph = script.Agent(args, shape, device), script.Graph if not suffix else lambda function, _: function
         row |= {"parameters": sum(p.numel() for p in agent.trained), "clip_length": args.clip_length}

@@ -1,5 +1,7 @@
 """dreamer_v1.py against recorded outputs of the authors' code (tests/golden/dreamer_v1/README.md), and its maths."""
 
+import contextlib
+import itertools
 import json
 import os
 from pathlib import Path
@@ -9,8 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import checkpoint, only_run, run_script, tiny
-from test_resume import same_runs
+from conftest import checkpoint, only_run, run_script, scalars, tiny
 
 import dreamer_v1 as script
 
@@ -25,6 +26,23 @@ def close(mine, golden, rtol=1e-4, atol=1e-5):
     golden = np.asarray(golden)
     assert mine.shape == golden.shape, (mine.shape, golden.shape)
     np.testing.assert_allclose(mine, golden, rtol=rtol, atol=atol * max(1.0, float(np.abs(golden).max())))
+
+
+@contextlib.contextmanager
+def draws(**queues):
+    """Puts recorded numbers in the place of random ones: name of PyTorch's function -> tensors in order."""
+    queues = {name: list(tensors) for name, tensors in queues.items()}
+
+    def take(name, like):
+        assert queues[name], "more was drawn than was recorded"
+        assert queues[name][0].shape == like.shape, "another order than was recorded"
+        return queues[name].pop(0)
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in queues:
+            patch.setattr(torch, name, lambda like, name=name: take(name, like))
+        yield
+    assert not any(queues.values()), "something that was recorded was not drawn"
 
 
 def tensor(array):
@@ -43,6 +61,7 @@ class Case:
         self.golden = golden = np.load(path)
         config = json.loads(str(golden["config_json"]))
         self.args = script.Args(
+            compile=False,
             amp=False,
             deter=config["deter_size"],
             hidden=golden["params0/dynamics/img2/bias"].shape[0],
@@ -85,7 +104,7 @@ class Case:
             add(f"{wm}.encoder.convs.{i}", f"encoder/h{i + 1}", "conv")
             add(f"{wm}.decoder.convs.{i}" if i < 3 else f"{wm}.decoder.output", f"decoder/h{i + 2}", "conv")
         add(f"{wm}.decoder.map", "decoder/h1", "dense_feat")
-        layers = ("inputs.0", "img1"), ("post_in.0", "obs1"), ("post_out", "obs2")
+        layers = ("inputs.0.0", "img1"), ("post_in.0.0", "obs1"), ("post_out", "obs2")
         for ours, theirs in (*layers, ("prior_net.0.0", "img2"), ("prior_net.1", "img3")):
             add(f"{wm}.rssm.{ours}", f"dynamics/{theirs}")
         for i, (ours, theirs) in enumerate([("gates", "kernel"), ("recurrent_gates", "recurrent_kernel")]):
@@ -95,13 +114,20 @@ class Case:
         for ours, theirs, layers in [*heads, (f"{wm}.continue_head", "pcont", 3)]:
             for i in range(layers):
                 add(f"{ours}.{i}.0", f"{theirs}/h{i}", "dense" if i else "dense_feat")
-            add(f"{bh}.actor.output" if theirs == "actor" else f"{ours}.{layers}", f"{theirs}/hout")
+            if theirs == "actor":  # one layer in the recording
+                for half in range(2):
+                    add(f"{bh}.actor.outputs.{half}", f"{theirs}/hout", ("half", half))
+                    names[f"{bh}.actor.outputs.{half}.bias"] = f"{theirs}/hout/bias", ("half", half)
+            else:
+                add(f"{ours}.{layers}", f"{theirs}/hout")
         return names
 
     def parameter(self, prefix, name):
         """An official array in our layout."""
         theirs, kind = self.names[name]
         array = self.golden[prefix + theirs]
+        if isinstance(kind, tuple):  # mean or deviation
+            return tensor(np.split(array, 2, -1)[kind[1]].T)
         if isinstance(kind, int):  # biases of the two halves of a gate
             return tensor(gate_order(array[kind]))
         if kind == "conv":
@@ -122,11 +148,13 @@ class Case:
                 used.add(prefix + self.names[name][0])
         assert used == {key for key in self.golden.files if key.startswith(prefix)}
 
-    def noise(self, step):
-        """Noise of a recorded update."""
-        names = {"post": "post", "prior": "imag_state", "action": "imag_action"}
-        noise = {ours: tensor(self.golden[f"step{step}/noise/{theirs}"]) for ours, theirs in names.items()}
-        return {key: value if key == "post" else value.transpose(0, 1) for key, value in noise.items()}
+    def samples(self, *parts, step=1):
+        """Draws the noise of a recorded update: of the posterior, of actions and states that are imagined."""
+        read = lambda name: tensor(self.golden[f"step{step}/noise/{name}"])  # noqa: E731
+        noise = list(read("post").unbind(1)) if "post" in parts else []
+        if "imagined" in parts:
+            noise += [x for pair in zip(read("imag_action"), read("imag_state"), strict=True) for x in pair]
+        return draws(randn_like=noise)
 
     def feat(self, golden):
         """Recorded features in our order."""
@@ -155,19 +183,22 @@ def test_golden_data_is_there():
 def test_parity_world_model(case):
     golden, model, args, data = case.golden, case.agent.world_model, case.args, learnt(case)
     close(data["reward"], golden["in/reward"])
-    start, noise = case.agent.start(data), case.noise(1)["post"]
+    start = case.agent.start(data)
     embed = model.encoder(data)
     close(embed, golden["step1/wm/embed"])
-    deter, stoch, post = model.rssm.observe(embed, data["action"], data["is_first"], start, noise)
+    with case.samples("post"):
+        deter, stoch, post = model.rssm.observe(embed, data["action"], data["is_first"], start)
     prior = model.rssm.prior(deter)
     close(deter, golden["step1/wm/post_deter"])
     close(deter, golden["step1/wm/prior_deter"])
     close(stoch, golden["step1/wm/post_stoch"])
     close(post, case.moments("step1/wm/post_"))
     close(prior, case.moments("step1/wm/prior_"))
-    close(model.rssm.sample(prior, tensor(golden["step1/noise/prior"])), golden["step1/wm/prior_stoch"])
+    with draws(randn_like=[tensor(golden["step1/noise/prior"])]):
+        close(model.rssm.sample(prior), golden["step1/wm/prior_stoch"])
     close(script.kl_gaussian(post, prior), golden["step1/wm/kl"])
-    losses, *_, feat, stats = model.loss(data, start, noise)
+    with case.samples("post"):
+        losses, *_, feat, stats = model.loss(data, start)
     close(feat, case.feat(golden["step1/wm/feat"]))
     close(stats["kl"], golden["step1/wm/kl_mean"])
     close(losses["kl_loss"], golden["step1/wm/kl_clamped"])
@@ -187,12 +218,14 @@ def test_parity_world_model(case):
 
 
 def test_parity_behaviour(case):
-    golden, agent, args, data, noise = case.golden, case.agent, case.args, learnt(case), case.noise(1)
-    losses, deter, stoch, _, _ = agent.world_model.loss(data, agent.start(data), noise["post"])
+    golden, agent, args, data = case.golden, case.agent, case.args, learnt(case)
+    with case.samples("post"):
+        losses, deter, stoch, _, _ = agent.world_model.loss(data, agent.start(data))
     scales = {"kl_loss": args.kl_scale, "continue_loss": args.continue_scale}
     close(sum(scales.get(name, 1.0) * loss.mean() for name, loss in losses.items()), golden["step1/loss/model"])
     behaviour, read = agent.behaviour, lambda name: np.moveaxis(golden[f"step1/imag/{name}"], 0, 1)
-    imag_feat, imag_action, reward, cont = behaviour.sequences(agent.world_model, deter, stoch, noise)
+    with case.samples("imagined"):
+        imag_feat, imag_action, reward, cont = behaviour.sequences(agent.world_model, deter, stoch)
     close(imag_feat, case.feat(read("feat")))
     close(imag_action, read("action"))
     close(reward[:, :-1], read("reward"))
@@ -202,7 +235,8 @@ def test_parity_behaviour(case):
     close(value[:, -1], golden["step1/imag/bootstrap"])
     close(script.lambda_return(reward[:, :-1], cont[:, :-1], value[:, 1:], args.lmbda), read("returns"))
     close(torch.cat([torch.ones_like(cont[:, :1]), cont[:, :-2]], 1).cumprod(1), read("weight"))
-    losses, stats = behaviour.loss(agent.world_model, deter, stoch, noise)
+    with case.samples("imagined"):
+        losses, stats = behaviour.loss(agent.world_model, deter, stoch)
     close(losses["actor_loss"].mean(), golden["step1/loss/actor"])
     close(losses["critic_loss"].mean(), golden["step1/loss/value"])
     close(stats["return_mean"], read("returns").mean())
@@ -225,8 +259,8 @@ def test_parity_updates(case, monkeypatch):
     assert steps
     before = {name: parameter.detach().clone() for name, parameter in agent.named_parameters()}
     for step in steps:
-        latents, metrics = agent.update(case.data, case.noise(step))
-        assert latents == {}
+        with case.samples("post", "imagined", step=step):
+            metrics = agent.update(case.data)
         close(metrics["losses/actor_loss"], golden[f"step{step}/loss/actor"], rtol=1e-3)
         close(metrics["losses/critic_loss"], golden[f"step{step}/loss/value"], rtol=1e-3)
         model = [key for key in metrics if key.startswith("losses/") and "actor" not in key and "critic" not in key]
@@ -246,7 +280,7 @@ def test_parity_updates(case, monkeypatch):
             assert (mine - theirs).abs().max() < 0.02 * rate * step + 1e-7 * parameter.abs().max(), name
 
 
-def test_parity_acting(case, monkeypatch):
+def test_parity_acting(case):
     golden, agent = case.golden, case.agent
     for mode in ("train", "eval"):
         carry, step = agent.initial(1), 0
@@ -254,12 +288,11 @@ def test_parity_acting(case, monkeypatch):
             read = lambda name: tensor(golden[f"policy_{mode}/{step}/{name}"])  # noqa: B023, E731
             is_first = torch.tensor([step == 0], device=DEVICE)
             obs = {"image": tensor(golden["in/image_uint8"][:1, step]), "is_first": is_first}
-            noise = read("noise_action")
-            monkeypatch.setattr(agent, "latent_noise", lambda *shape: read("noise_post").unsqueeze(1))  # noqa: B023
-            monkeypatch.setattr(agent, "action_noise", lambda *shape: noise.view(*shape, -1))  # noqa: B023
-            if mode == "train":
-                monkeypatch.setattr(torch, "randn_like", lambda _: read("noise_expl").squeeze(0))  # noqa: B023
-            deter, stoch, action = carry = agent.act(obs, carry, training=mode == "train")
+            shape = (1, -1) if mode == "train" else (100, 1, agent.action_dim)
+            noise = [read("noise_post"), read("noise_action").view(shape)]
+            noise += [read("noise_expl").view(shape)] if mode == "train" else []
+            with draws(randn_like=noise):
+                deter, stoch, action = carry = agent.act(obs, carry, training=mode == "train")
             close(deter, read("post_deter").cpu())
             close(stoch, read("post_stoch").cpu())
             close(action, read("action").cpu())
@@ -312,25 +345,28 @@ def test_parity_one_hot_actions(functions):
     policy = (logit.log_softmax(-1),)
     probs, index = policy[0].exp(), tensor(functions["onehot/sample"]).argmax(-1, keepdim=True)
     noise = (probs.cumsum(-1).gather(-1, index) - probs.gather(-1, index) / 2).detach()
-    sample = actor.sample(policy, noise)
+    with draws(rand_like=[noise]):
+        sample = actor.sample(policy)
     close(sample, functions["onehot/sample"])
     close(gradients(sample, logit, functions["onehot/upstream"])[0], functions["onehot/grad_logits"])
     close(actor.log_prob(policy, sample.detach()), functions["onehot/log_prob"])
-    close(actor.mode(policy, None), functions["onehot/mode"])
+    close(actor.mode(policy), functions["onehot/mode"])
 
 
 def test_parity_tanh_normal(functions):
     read, actor = lambda name: tensor(functions[f"tanh_normal/{name}"]), an_actor(discrete=False)  # noqa: E731
     policy = read("mean"), read("std")
-    close(actor.sample(policy, read("eps")), functions["tanh_normal/sample"])
+    with draws(randn_like=[read("eps")]):
+        close(actor.sample(policy), functions["tanh_normal/sample"])
     close(actor.log_prob(policy, read("external_action")), functions["tanh_normal/log_prob_external"], rtol=1e-3)
     one = tuple(p[:1] for p in policy)
-    close(actor.mode(one, read("mode_eps")), functions["tanh_normal/mode_row0"])
+    with draws(randn_like=[read("mode_eps")]):
+        close(actor.mode(one), functions["tanh_normal/mode_row0"])
     outputs = {"act/mean5tanh": 0, "act/softplus_raw5": 1}
     x = tensor(functions["act/x"]).unsqueeze(-1)
-    actor.layers, actor.output = torch.nn.Identity(), torch.nn.Identity()
+    actor.layers, actor.outputs = torch.nn.Identity(), torch.nn.ModuleList([torch.nn.Identity()] * 2)
     for name, i in outputs.items():
-        values = actor(torch.cat([x, x], -1))[i].squeeze(-1)
+        values = actor(x)[i].squeeze(-1)
         close(values - (1e-4 if i else 0), functions[name])
 
 
@@ -342,7 +378,7 @@ def test_parity_layers(functions):
     for layer, weight, name in ((conv, kernel, "conv"), (up, up_kernel, "deconv")):
         layer.weight.data, layer.bias.data = tensor(weight), tensor(functions[f"{name}/bias"])
         close(layer(tensor(functions[f"{name}/in"])), functions[f"{name}/out"])
-    layer = script.Layer(2, 2)
+    layer = script.MLP(2, 2, 1)[0]
     close(layer[1](tensor(functions["act/x"])), functions["act/elu"])
 
 
@@ -351,12 +387,12 @@ def test_parity_gru(functions):
     x, h = read("x").requires_grad_(), read("h").requires_grad_()
     inp, deter = x.shape[1], h.shape[1]
     rssm = script.RSSM(script.Args(deter=deter, hidden=inp, stoch=inp), 1, 1).to(DEVICE)
-    rssm.inputs = torch.nn.Sequential(torch.nn.Identity(), torch.nn.Identity())
+    rssm.inputs = torch.nn.Identity()
     layers = {"kernel": rssm.gates, "recurrent_kernel": rssm.recurrent_gates}
     for i, (name, layer) in enumerate(layers.items()):
         layer.weight.data = tensor(gate_order(functions[f"keras_gru/{name}"]).T.copy())
         layer.bias.data = tensor(gate_order(functions["keras_gru/bias"][i]))
-    out = rssm.core(h, x, 0.0, {"stoch": torch.eye(inp, device=DEVICE)})
+    out = rssm.gru(h, x, x[:, :0])
     close(out, functions["keras_gru/out"])
     inputs = [x, h, rssm.gates.weight, rssm.recurrent_gates.weight, rssm.gates.bias, rssm.recurrent_gates.bias]
     grad_x, grad_h, *grads = gradients(out, inputs, functions["keras_gru/upstream"])
@@ -383,7 +419,7 @@ def test_parity_adam(functions):
 def test_parameter_counts():
     """Those of the authors' code, counted by running it."""
     spaces, action = {"image": gym.spaces.Box(0, 255, (64, 64, 3), np.uint8)}, gym.spaces.Box(-1, 1, (6,))
-    args = script.Args(**script.PRESETS["dmc"])
+    args = script.Args(**script.PRESETS["dmc"], compile=False)
     size = lambda module: sum(p.numel() for p in module.parameters())  # noqa: E731
     agent = script.Agent(args, spaces, action)
     model, behaviour = agent.world_model, agent.behaviour
@@ -401,8 +437,8 @@ def test_parameter_counts():
 
 
 SMALL = dict(
-    deter=8, hidden=8, stoch=3, units=8, depth=1, imagination_horizon=4, batch_size=2, batch_length=5, amp=False
-)
+    deter=8, hidden=8, stoch=3, units=8, depth=1, imagination_horizon=4, batch_size=2, batch_length=5, compile=False
+) | dict(amp=False)
 
 
 def small(discrete=False, **options):
@@ -428,9 +464,8 @@ def reached(loss, module):
 
 def all_losses(agent, data):
     """Losses of world model and behaviour, by name."""
-    noise = agent.noise(*data["reward"].shape)
-    losses, deter, stoch, *_ = agent.world_model.loss(data, agent.start(data), noise["post"])
-    return losses | agent.behaviour.loss(agent.world_model, deter, stoch, noise)[0]
+    losses, deter, stoch, *_ = agent.world_model.loss(data, agent.start(data))
+    return losses | agent.behaviour.loss(agent.world_model, deter, stoch)[0]
 
 
 @pytest.mark.parametrize("source", ["all", "image", "reward"])
@@ -459,7 +494,7 @@ def test_the_actor_learns_through_the_dynamics(discrete):
 def test_a_discrete_action_has_the_gradient_of_its_probabilities():
     actor = an_actor(discrete=True)
     policy = actor(torch.randn(50, 3, device=DEVICE))
-    action = actor.sample(policy, torch.rand(50, 1, device=DEVICE))
+    action = actor.sample(policy)
     assert set(action.detach().cpu().unique().tolist()) == {0.0, 1.0}
     weight = torch.randn_like(action)
     for mine, theirs in zip(
@@ -486,22 +521,22 @@ def test_only_its_own_optimizer_moves_a_part():
 def test_all_gradients_come_before_the_first_step():
     """Unlike later Dreamers: the behaviour learns from the world model as it was when the sequences were encoded."""
     agent, data = small()
-    noise = agent.noise(2, 5)
-    expected = gradients_by_name(agent, data, noise)
+    torch.manual_seed(1)
+    expected = gradients_by_name(agent, data)
     taken = {}
     for name, optimizer in agent.optimizers.items():
         original = optimizer.step
         optimizer.step = lambda grads, name=name, original=original: (taken.update({name: grads}), original(grads))[1]
-    agent.update(data, noise)
+    torch.manual_seed(1)
+    agent.update(data)
     for name, grads in expected.items():
         for mine, theirs in zip(taken[name], grads, strict=True):
             close(mine, theirs)
 
 
-def gradients_by_name(agent, data, noise):
+def gradients_by_name(agent, data):
     """What each optimizer is to get, each computed alone."""
-    losses, deter, stoch, *_ = agent.world_model.loss(data, agent.start(data), noise["post"])
-    losses |= agent.behaviour.loss(agent.world_model, deter, stoch, noise)[0]
+    losses = all_losses(agent, data)
     scales = {"continue_loss": agent.args.continue_scale}
     model = [name for name in losses if name not in ("actor_loss", "critic_loss")]
     total = sum(scales.get(name, 1.0) * losses[name].mean() for name in model)
@@ -522,30 +557,33 @@ def test_free_nats_apply_to_the_average():
 def test_rows_of_a_batch_have_noise_of_their_own():
     agent, data = small()
     data = {key: value[:1].expand(2, *value.shape[1:]) for key, value in data.items()}
-    noise = agent.noise(2, 5)
-    _, _, stoch, *_ = agent.world_model.loss(data, agent.start(data), noise["post"])
+    _, deter, stoch, *_ = agent.world_model.loss(data, agent.start(data))
     assert not torch.isclose(stoch[0], stoch[1]).any()
-    assert noise["prior"].std(0).min() > 0.1 and noise["action"].std(0).min() > 0.1
+    same = (x[:1, :1].expand(2, 5, -1) for x in (deter, stoch))
+    imag_feat, imag_action, *_ = agent.behaviour.sequences(agent.world_model, *same)
+    assert imag_feat[..., agent.args.deter :].std(0).min() > 0.01 and imag_action.std(0).min() > 0.01
 
 
 def test_a_sequence_starts_from_zeros_but_with_its_action():
     agent, data = small()
-    rssm, noise = agent.world_model.rssm, torch.zeros(2, 5, 3)
+    rssm = agent.world_model.rssm
+    rssm.sample = lambda moments: moments[..., 0]
     embed = agent.world_model.encoder(data)
     inputs = embed, data["action"], data["is_first"]
-    whole = rssm.observe(*inputs, rssm.initial(2), noise)
-    other = rssm.observe(*inputs, tuple(torch.ones_like(x) for x in rssm.initial(2)), noise)
+    whole = rssm.observe(*inputs, rssm.initial(2))
+    other = rssm.observe(*inputs, tuple(torch.ones_like(x) for x in rssm.initial(2)))
     assert all(torch.equal(a, b) for a, b in zip(whole, other, strict=True))
-    changed = rssm.observe(embed, data["action"] + 1, data["is_first"], rssm.initial(2), noise)
+    changed = rssm.observe(embed, data["action"] + 1, data["is_first"], rssm.initial(2))
     assert not torch.isclose(whole[0][:, 0], changed[0][:, 0]).all()
 
 
 def test_without_a_critic_returns_are_sums_of_rewards():
     agent, data = small(critic=False)
-    noise = agent.noise(2, 5)
-    _, deter, stoch, *_ = agent.world_model.loss(data, agent.start(data), noise["post"])
-    losses, stats = agent.behaviour.loss(agent.world_model, deter, stoch, noise)
-    _, _, reward, cont = agent.behaviour.sequences(agent.world_model, deter, stoch, noise)
+    _, deter, stoch, *_ = agent.world_model.loss(data, agent.start(data))
+    sequences = agent.behaviour.sequences(agent.world_model, deter, stoch)
+    agent.behaviour.sequences = lambda *_: sequences
+    losses, stats = agent.behaviour.loss(agent.world_model, deter, stoch)
+    _, _, reward, cont = sequences
     totals = [torch.zeros(len(reward))]
     for t in reversed(range(reward.shape[1] - 1)):
         totals.append(reward[:, t] + cont[:, t] * totals[-1])
@@ -560,7 +598,7 @@ def test_the_density_of_the_tanh_normal():
         policy = tuple(torch.full((1,), x, dtype=torch.float64, device=DEVICE) for x in (mean, std))
         density = actor.log_prob(policy, grid.unsqueeze(1)).exp()
         assert torch.trapezoid(density, grid).item() == pytest.approx(1, abs=1e-4)
-        samples = actor.sample(policy, torch.randn(200_000, 1, dtype=torch.float64, device=DEVICE))
+        samples = actor.sample([p.expand(200_000, 1) for p in policy])
         assert samples.mean().item() == pytest.approx(torch.trapezoid(density * grid, grid).item(), abs=0.01)
 
 
@@ -568,10 +606,12 @@ def test_the_mode_of_each_environment_is_its_own():
     actor = an_actor(discrete=False)
     policy = torch.tensor([[2.0, -2.0, 0.0], [-2.0, 2.0, 0.0]], device=DEVICE), torch.full((2, 3), 0.1, device=DEVICE)
     noise = torch.randn(100, 2, 3, device=DEVICE)
-    mode = actor.mode(policy, noise)
+    with draws(randn_like=[noise]):
+        mode = actor.mode(policy)
     for env in range(2):
         one = tuple(p[env : env + 1] for p in policy)
-        samples = actor.sample(one, noise[:, env : env + 1])
+        with draws(randn_like=[noise[:, env : env + 1]]):
+            samples = actor.sample([p.expand(100, 1, 3) for p in one])
         close(mode[env], samples[actor.log_prob(one, samples).argmax(0)].flatten().cpu())
 
 
@@ -595,49 +635,73 @@ def test_exploration():
 @pytest.mark.parametrize("discrete", [True, False])
 def test_it_learns(option, discrete):
     agent, data = small(discrete, model_rate=1e-2, **option)
-    noise = agent.noise(2, 5)
     before = {name: parameter.clone() for name, parameter in agent.named_parameters()}
-    metrics = [agent.update(data, noise)[1] for _ in range(30)]
+    metrics = [agent.update(data) for _ in range(30)]
     assert all(value.isfinite() for step in metrics for value in step.values())
     assert metrics[-1]["losses/recon_loss_vector"] < metrics[0]["losses/recon_loss_vector"]
     still = [name for name, parameter in agent.named_parameters() if torch.equal(parameter, before[name])]
     assert not still, still
 
 
+def test_heads_are_exact_where_networks_are_in_bfloat16():
+    agent, data = small(units=64, amp=True)
+    feat = torch.randn(2000, 11)
+    with agent.autocast():
+        values = agent.behaviour.critic(feat), agent.world_model.reward_head(feat), *agent.behaviour.actor(feat)
+    assert all(x.dtype == torch.float32 and len(x[:, 0].unique()) > 1900 for x in values)
+    assert all(value.dtype == torch.float32 and value.isfinite() for value in agent.update(data).values())
+
+
 # Replay and schedule
 
 
 def test_complete_episodes_are_drawn_uniformly_with_their_last_step(tmp_path):
-    spaces = {"number": ((), "int64"), "is_first": ((), "bool")}
-    replay = script.Replay(str(tmp_path), spaces, 1, 1000, 5)
+    layout = {"number": ((), "int64")} | {key: ((), "bool") for key in script.FLAGS}
+    replay = script.Replay(str(tmp_path), layout, 1, 1000, 5)
     for steps in [6, 5, 3, 20, 9]:  # too short (2), and one that is not complete
         for i in range(steps):
-            replay.add({"number": np.array([replay.count]), "is_first": np.array([i == 0])})
+            flags = dict(is_first=i == 0, is_last=i == steps - 1 and steps != 9, is_terminal=False)
+            replay.add({"number": replay.count} | {key: np.array([value]) for key, value in flags.items()})
     assert len(replay) == 2 + 16
-    starts = replay.draw(4000, np.random.default_rng(0))[:, 0]
+    data = replay.sample(4000, np.random.default_rng(0), torch.device("cpu"))
+    starts = data["number"][:, 0].numpy()
+    assert torch.equal(data["number"] - data["number"][:, :1], torch.arange(5).expand(4000, 5))
+    assert torch.equal(data["is_first"], (torch.arange(5) == 0).expand(4000, 5))
     assert set(starts) == {0, 1, *range(14, 30)}
     assert np.mean(starts < 14) == pytest.approx(0.5, abs=0.03)
 
 
-def test_schedule():
-    """100 updates for each 500 steps of the agent, in bursts."""
-    args = script.Args(prefill=100, pretrain=7)
-    done, due_from = [], None
-    for step in range(0, 2200, 2):
-        due, due_from = script.updates_due(args, step, due_from, step >= 104)
-        done.append(due)
-    assert not any(done[:52]) and done[52] == 7
-    assert [2 * i for i, due in enumerate(done) if due] == [104, 604, 1104, 1604, 2104]
-    assert set(done[53:]) == {0, 100} and script.updates_per_step(args) == 0.2
+def test_schedule(tmp_path, monkeypatch):
+    """Of frames: episodes of 10 steps at action repeat 2, prefill of 90, three updates every 30, resets not counted."""
+    events = ""
+
+    def record(letter, name):
+        original = getattr(script.Agent, name)
+
+        def call(*args):
+            nonlocal events
+            events += letter
+            return original(*args)
+
+        monkeypatch.setattr(script.Agent, name, call)
+
+    for letter, name in (("r", "random_action"), ("a", "act"), ("u", "update")):
+        record(letter, name)
+    flags = ["--env-id", "toy_envs:Vector-v0", "--action-repeat", 2, *tiny(script)]
+    flags += ["--prefill", 90, "--train-every", 30]
+    monkeypatch.setattr(script.Agent, "explore", lambda self, action: action)
+    run_script(script, *flags, "--total-timesteps", 200, cwd=tmp_path)
+    groups = [(letter, len(list(group))) for letter, group in itertools.groupby(events)]
+    # five episodes, of which four are followed by a reset; then train, then act
+    prefill, training = [("r", 5 * 10 + 4), ("u", 2)], [("a", 16), ("u", 3), ("a", 16), ("u", 3), ("a", 17), ("u", 3)]
+    assert groups == [*prefill, *training, ("a", 5)]
+    frames = [frame for frame, _ in scalars(only_run(tmp_path))["charts/episodic_return"]]
+    assert frames == list(range(20, 201, 20))
 
 
 def test_a_stop_in_a_burst_of_updates(tmp_path):
-    """A signal does not wait for the burst's end, and --resume goes on with its rest: to the bit."""
-    flags = ["--env-id", "CartPole-v1", "--total-timesteps", 100, *tiny(script), "--train-every", 20]
-    flags += ["--train-steps", 9]
-    for name in ("whole", "halves"):
-        (tmp_path / name).mkdir()
-    run_script(script, *flags, cwd=tmp_path / "whole")
+    """A signal does not wait for the burst's end, and --resume goes on with its rest."""
+    flags = ["--env-id", "toy_envs:Vector-v0", "--total-timesteps", 100, *tiny(script), "--train-every", 20]
     patch = """
 import os, signal
 whole, calls = s.Agent.update, []
@@ -648,8 +712,24 @@ def stopping(self, *args):
     return whole(self, *args)
 s.Agent.update = stopping
 """
-    run_script(script, *flags, cwd=tmp_path / "halves", patch=patch, code=128 + 15)
-    run = only_run(tmp_path / "halves")
-    assert checkpoint(run)["updates"] == 15 and checkpoint(run)["due"] == 5
-    run_script(script, "--resume", run, cwd=tmp_path / "halves")
-    same_runs(only_run(tmp_path / "whole"), run)
+    run_script(script, *flags, "--train-steps", 9, cwd=tmp_path, patch=patch, code=128 + 15)
+    run = only_run(tmp_path)
+    _, updates, budget, _ = checkpoint(run)["progress"]
+    assert (updates, budget) == (15, 5)  # of 2 at frame 20, 9 at 40, 9 at 60
+    run_script(script, "--resume", run, cwd=tmp_path)
+    assert checkpoint(run)["progress"][:3] == (100, 2 + 3 * 9, 0)
+
+
+@pytest.mark.parametrize("flags", [["--batch-length", 30], ["--prefill", 1000]], ids=str)
+def test_a_run_without_an_update_says_why(tmp_path, flags):
+    flags = ["--env-id", "toy_envs:Vector-v0", "--total-timesteps", 60, *tiny(script), *flags]
+    result = run_script(script, *flags, cwd=tmp_path)
+    assert "no update: " in result.stdout
+
+
+def test_presets_count_frames():
+    """Prefill and bursts are counted in frames, as by the authors, whatever the action repeat is."""
+    for env_id in ("dmc-walker-walk", "atari-pong", "atari100k-pong"):
+        args = script.parse_args(["--env-id", env_id])
+        assert (args.prefill, args.train_every, args.train_steps, args.pretrain) == (5000, 1000, 100, 100)
+    assert args.total_timesteps == 400_000 and args.action_repeat == 4 and args.tanh_rewards and args.predict_continue

@@ -1,5 +1,6 @@
 """dreamer_v2.py against recorded outputs of the authors' code (tests/golden/dreamer_v2/README.md), and its maths."""
 
+import contextlib
 import json
 import os
 from pathlib import Path
@@ -29,12 +30,6 @@ def tensor(array):
     return torch.as_tensor(np.asarray(array), device=DEVICE)
 
 
-def indexed(probs, noise):
-    """A sample_onehot whose noise is the index that it is to draw."""
-    onehot = F.one_hot(noise.squeeze(-1).long(), probs.shape[-1]).to(probs.dtype)
-    return onehot + (probs - probs.detach())
-
-
 class Case:
     """One recorded model case: an agent with its sizes and weights, and its batch."""
 
@@ -52,7 +47,6 @@ class Case:
             units=config["units"],
             depth=config["depth"],
             imagination_horizon=config["horizon"],
-            layer_norm=official["rssm.norm"] == "layer",
             tanh_rewards=official["clip_rewards"] == "tanh",
             kl_scale=official["loss_scales.kl"],
             kl_balance=official["kl.balance"],
@@ -94,7 +88,7 @@ class Case:
             add(f"{wm}.encoder.convs.{i}", f"encoder/conv{i}", "conv")
             add(f"{wm}.decoder.convs.{i}" if i < 3 else f"{wm}.decoder.output", f"decoder/conv{i}", "conv")
         add(f"{wm}.decoder.map", "decoder/convin", "dense_feat")
-        layers = ("inputs.0", "img_in"), ("gates", "cell/dense"), ("post_in.0", "obs_out"), ("post_out", "obs_dist")
+        layers = ("inputs.0.0", "img_in"), ("gates", "cell/dense"), ("post_in.0.0", "obs_out"), ("post_out", "obs_dist")
         for ours, theirs in (*layers, ("prior_net.0.0", "img_out_0"), ("prior_net.1", "img_dist_0")):
             add(f"{wm}.rssm.{ours}", f"rssm/{theirs}")
         names[f"{wm}.rssm.gates_norm.weight"] = "rssm/cell/norm/gamma", "same"
@@ -131,20 +125,34 @@ class Case:
                 used.add(prefix + self.names[name][0])
         assert used == {key for key in self.golden.files if key.startswith(prefix)}
 
-    def latents(self, array):
-        """Recorded draws of latents -> noise: the index of categorical ones, for `indexed`."""
-        array = tensor(array)
-        return array.unsqueeze(-1) if self.gaussian else array.argmax(-1, keepdim=True)
+    def recorded(self, step, *parts):
+        """Recorded random numbers of an update, in the order in which they are drawn."""
+        read = lambda name: tensor(self.golden[f"step{step}/noise/{name}"])  # noqa: E731
+        queue = list(read("post").unbind(1)) if "post" in parts else []
+        if "imagined" in parts:
+            actions = read("imag_action" if self.discrete else "imag_action_u")
+            queue += [x for pair in zip(actions, read("imag_state"), strict=True) for x in pair]
+            queue.append(actions[0])  # the last one does not matter
+        return queue
 
-    def noise(self, step):
-        """Noise of a recorded update, for `indexed`."""
-        read = lambda name: self.golden[f"step{step}/noise/{name}"]  # noqa: E731
-        action = (
-            tensor(read("imag_action")).argmax(-1, keepdim=True) if self.discrete else tensor(read("imag_action_u"))
-        )
-        action = torch.cat([action, action[:1]]).transpose(0, 1)  # the last one does not matter
-        prior = self.latents(read("imag_state")).transpose(0, 1)
-        return {"post": self.latents(read("post")), "prior": prior, "action": action}
+    @contextlib.contextmanager
+    def samples(self, queue):
+        """Puts recorded numbers in the place of random ones: one by one, and nothing but them."""
+
+        def take(like):
+            assert queue, "more samples than were recorded"
+            assert queue[0].shape == like.shape, "another order than was recorded"
+            return queue.pop(0)
+
+        def onehot(probs):
+            return F.one_hot(take(probs).argmax(-1), probs.shape[-1]).float() + (probs - probs.detach())
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(script, "sample_onehot", onehot)
+            patch.setattr(torch, "randn_like", lambda like: take(like[..., 0]).unsqueeze(-1))
+            patch.setattr(torch, "rand_like", take)
+            yield
+        assert not queue, f"{len(queue)} recorded samples are left"
 
     def feat(self, golden):
         """Recorded features in our order."""
@@ -163,8 +171,7 @@ class Case:
 
 
 @pytest.fixture(params=CASES, ids=lambda path: path.stem)
-def case(request, monkeypatch):
-    monkeypatch.setattr(script, "sample_onehot", indexed)
+def case(request):
     return Case(request.param)
 
 
@@ -181,22 +188,23 @@ def test_golden_data_is_there():
 def test_parity_world_model(case):
     golden, model, args, data = case.golden, case.agent.world_model, case.args, learnt(case)
     close(data["reward"], golden["in/reward"])
-    start, noise = case.agent.start(data), case.noise(1)["post"]
+    start = case.agent.start(data)
     embed = model.encoder(data)
     close(embed, golden["step1/wm/embed"])
-    deter, stoch, post = model.rssm.observe(embed, data["action"], data["is_first"], start, noise)
+    with case.samples(case.recorded(1, "post")):
+        deter, stoch, post = model.rssm.observe(embed, data["action"], data["is_first"], start)
     prior = model.rssm.prior(deter)
     close(deter, golden["step1/wm/post_deter"])
     close(deter, golden["step1/wm/prior_deter"])
     close(stoch, case.stoch(golden["step1/wm/post_stoch"]))
     close(post, case.stats("step1/wm/post_"))
     close(prior, case.stats("step1/wm/prior_"))
-    close(
-        model.rssm.sample(prior, case.latents(golden["step1/noise/prior"])), case.stoch(golden["step1/wm/prior_stoch"])
-    )
+    with case.samples([tensor(golden["step1/noise/prior"])]):
+        close(model.rssm.sample(prior), case.stoch(golden["step1/wm/prior_stoch"]))
     close(model.rssm.kl(post, prior), golden["step1/wm/kl"])
     close(script.balance_kl(model.rssm.kl, post, prior, args.kl_balance, args.free_nats), golden["step1/wm/kl_loss"])
-    losses, *_, feat, stats = model.loss(data, start, noise)
+    with case.samples(case.recorded(1, "post")):
+        losses, *_, feat, stats = model.loss(data, start)
     close(feat, case.feat(golden["step1/wm/feat"]))
     close(stats["kl"], golden["step1/wm/kl"].mean())
     close(model.decoder(feat)["image"], golden["step1/wm/image_mean"])
@@ -223,15 +231,17 @@ def test_parity_world_model(case):
 
 
 def test_parity_behaviour(case):
-    golden, agent, args, data, noise = case.golden, case.agent, case.args, learnt(case), case.noise(1)
-    losses, deter, stoch, feat, _ = agent.world_model.loss(data, agent.start(data), noise["post"])
+    golden, agent, args, data = case.golden, case.agent, case.args, learnt(case)
+    with case.samples(case.recorded(1, "post")):
+        losses, deter, stoch, feat, _ = agent.world_model.loss(data, agent.start(data))
     scales = {"kl_loss": args.kl_scale, "continue_loss": args.continue_scale}
     total = sum(scales.get(name, 1.0) * loss.mean() for name, loss in losses.items())
     close(total, golden["step1/loss/model"])
     agent.descend({}, world_model=total)
     behaviour, read = agent.behaviour, lambda name: np.moveaxis(golden[f"step1/imag/{name}"], 0, 1)
     with torch.no_grad():
-        imag_feat, imag_action, reward, cont = behaviour.sequences(agent.world_model, data, deter, stoch, feat, noise)
+        with case.samples(case.recorded(1, "imagined")):
+            imag_feat, imag_action, reward, cont = behaviour.sequences(agent.world_model, data, deter, stoch, feat)
         close(imag_feat, case.feat(read("feat")))
         close(imag_action[:, :-1], read("action")[:, 1:])  # ours: taken at a state, theirs: that led to it
         close(reward[:, :-1], read("lr_reward"))
@@ -251,7 +261,8 @@ def test_parity_behaviour(case):
             close(policy[1], read("policy_scale"))
         close(behaviour.actor.entropy(policy), read("entropy"))
         close(behaviour.actor.log_prob(policy, imag_action[:, :-2]), read("logprob"), atol=1e-4)
-    losses, stats = behaviour.loss(agent.world_model, data, deter, stoch, feat, noise)
+    with case.samples(case.recorded(1, "imagined")):
+        losses, stats = behaviour.loss(agent.world_model, data, deter, stoch, feat)
     close(losses["actor_loss"].mean(), golden["step1/loss/actor"])
     close(losses["critic_loss"].mean(), golden["step1/loss/critic"])
     close(stats["return_mean"], read("target").mean())
@@ -274,8 +285,8 @@ def test_parity_updates(case, monkeypatch):
     assert steps
     before = {name: parameter.detach().clone() for name, parameter in agent.named_parameters()}
     for step in steps:
-        latents, metrics = agent.update(case.data, case.noise(step))
-        assert latents == {}
+        with case.samples(case.recorded(step, "post", "imagined")):
+            metrics = agent.update(case.data)
         parts = {"recon_loss_image": "image_loss", "reward_loss": "reward_loss", "kl_loss": "kl_loss"}
         for ours, theirs in (parts | {"continue_loss": "discount_loss"}).items():
             if f"step{step}/loss_part/{theirs}" in golden:
@@ -303,24 +314,21 @@ def test_parity_updates(case, monkeypatch):
 
 def test_parity_acting(case):
     golden, agent = case.golden, case.agent
-    original = agent.latent_noise, agent.action_noise
     for mode in ("train", "eval"):
         carry, step = agent.initial(len(golden[f"policy_{mode}/0/is_first"])), 0
         while f"policy_{mode}/{step}/action" in golden:
             read = lambda name: golden[f"policy_{mode}/{step}/{name}"]  # noqa: B023, E731
             count = len(read("is_first"))
             obs = {"image": tensor(golden["in/image_uint8"][:count, step]), "is_first": tensor(read("is_first"))}
-            agent.latent_noise = lambda *shape: case.latents(read("noise_post")).unsqueeze(1)  # noqa: B023
-            if mode == "train":
-                noise = tensor(read("noise_action") if case.discrete else read("noise_action_u"))
-                agent.action_noise = lambda *_: noise.argmax(-1, keepdim=True) if case.discrete else noise  # noqa: B023
-            deter, stoch, action = carry = agent.act(obs, carry, training=mode == "train")
+            action = "noise_action" if case.discrete else "noise_action_u"
+            names = ["noise_post", action] if mode == "train" else ["noise_post"]
+            with case.samples([tensor(read(name)) for name in names]):
+                deter, stoch, action = carry = agent.act(obs, carry, training=mode == "train")
             close(deter, read("post_deter"))
             close(stoch, case.stoch(read("post_stoch")))
             close(action, read("action"))
             step += 1
         assert step > 1
-    agent.latent_noise, agent.action_noise = original
 
 
 @pytest.fixture(scope="module")
@@ -372,12 +380,13 @@ def test_parity_kl(functions):
     assert checked
 
 
-def test_parity_latents(functions):
+def test_parity_latents(functions, monkeypatch):
     logit = tensor(functions["onehot/logits"]).requires_grad_()
     index = tensor(functions["onehot/sample"]).argmax(-1, keepdim=True)
     probs = logit.softmax(-1)
     noise = (probs.cumsum(-1).gather(-1, index) - probs.gather(-1, index) / 2).detach()
-    sample = script.sample_onehot(probs, noise)
+    monkeypatch.setattr(torch, "rand_like", lambda _: noise)
+    sample = script.sample_onehot(probs)
     close(sample, functions["onehot/sample"])
     close(gradients(sample, logit, functions["onehot/upstream"])[0], functions["onehot/grad_logits"])
     actor = an_actor(discrete=True)
@@ -396,10 +405,11 @@ def an_actor(discrete):
     return script.Actor(script.Args(units=4), 3, 3, discrete).to(DEVICE)
 
 
-def test_parity_truncated_normal(functions):
+def test_parity_truncated_normal(functions, monkeypatch):
     read, actor = lambda name: tensor(functions[f"trunc_normal/{name}"]), an_actor(discrete=False)  # noqa: E731
     policy = read("loc").requires_grad_(), read("scale").requires_grad_()
-    sample = actor.sample(policy, read("sample_cdf_u"))
+    monkeypatch.setattr(torch, "rand_like", lambda _: read("sample_cdf_u"))
+    sample = actor.sample(policy)
     close(sample, functions["trunc_normal/sample"], atol=3e-5)
     values = dict(sample=sample, logprob=actor.log_prob(policy, read("x")), entropy=actor.entropy(policy))
     close(values["logprob"], functions["trunc_normal/log_prob"])
@@ -419,8 +429,8 @@ def test_parity_layers(functions):
     for layer, weight, name in ((conv, kernel, "conv"), (up, up_kernel, "deconv")):
         layer.weight.data, layer.bias.data = tensor(weight), tensor(functions[f"{name}/bias"])
         close(layer(tensor(functions[f"{name}/in"])), functions[f"{name}/out"])
-    layer = script.Layer(2, 2, False)
-    close(layer[2](tensor(functions["act/x"])), functions["act/elu"])
+    layer = script.MLP(2, 2, 1)
+    close(layer[0][1](tensor(functions["act/x"])), functions["act/elu"])
     logit, target = tensor(functions["act/x"]), None
     close(logit.sigmoid(), functions["bernoulli/mean"])
     assert target is None
@@ -432,10 +442,10 @@ def test_parity_gru(functions):
     inp, deter = x.shape[1], h.shape[1]
     args = script.Args(deter=deter, hidden=inp, stoch=1, classes=inp)
     rssm = script.RSSM(args, 1, 1).to(DEVICE)
-    rssm.inputs = torch.nn.Sequential(torch.nn.Identity(), torch.nn.Identity(), torch.nn.Identity())
+    rssm.inputs = torch.nn.Identity()
     rssm.gates.weight.data, rssm.gates.bias.data = read("dense/kernel").T.contiguous(), read("dense/bias")
     rssm.gates_norm.weight.data, rssm.gates_norm.bias.data = read("norm/gamma"), read("norm/beta")
-    out = rssm.core(h, x.unsqueeze(1), 0.0, {"stoch": torch.eye(inp, device=DEVICE)})
+    out = rssm.gru(h, x.unsqueeze(1), x[:, :0])
     close(out, functions["ln_gru/out"])
     inputs = {"x": x, "h": h, "dense/kernel": rssm.gates.weight, "dense/bias": rssm.gates.bias}
     inputs |= {"norm/gamma": rssm.gates_norm.weight, "norm/beta": rssm.gates_norm.bias}
@@ -522,7 +532,7 @@ def reached(loss, module):
 def test_who_shapes_the_representation(source):
     agent, data = small(representation_from=source)
     model = agent.world_model
-    losses = model.loss(data, agent.start(data), agent.noise(2, 5)["post"])[0]
+    losses = model.loss(data, agent.start(data))[0]
     assert reached(losses["recon_loss_vector"].mean(), model.encoder) == (source != "reward")
     assert reached(losses["reward_loss"].mean(), model.encoder) == (source != "image")
     assert reached(losses["continue_loss"].mean(), model.encoder) == (source != "image")
@@ -536,8 +546,8 @@ def test_who_moves_the_actor(source, discrete):
     options = dict(behaviour_from="replay") if source == "replay" else dict(actor_gradient=source)
     agent, data = small(discrete, **options)
     model, behaviour = agent.world_model, agent.behaviour
-    _, deter, stoch, feat, _ = model.loss(data, agent.start(data), agent.noise(2, 5)["post"])
-    losses, _ = behaviour.loss(model, data, deter, stoch, feat, agent.noise(2, 5))
+    _, deter, stoch, feat, _ = model.loss(data, agent.start(data))
+    losses, _ = behaviour.loss(model, data, deter, stoch, feat)
     actor, critic = losses["actor_loss"].mean(), losses["critic_loss"].mean()
     assert reached(actor, behaviour.actor) and reached(critic, behaviour.critic)
     assert not reached(actor, behaviour.critic) and not reached(critic, behaviour.actor)
@@ -551,9 +561,8 @@ def test_who_moves_the_actor(source, discrete):
 def test_only_its_own_optimizer_moves_a_part():
     agent, data = small()
     parts = {"world_model": agent.world_model, "actor": agent.behaviour.actor, "critic": agent.behaviour.critic}
-    noise = agent.noise(2, 5)
-    _, deter, stoch, feat, _ = agent.world_model.loss(data, agent.start(data), noise["post"])
-    losses, _ = agent.behaviour.loss(agent.world_model, data, deter, stoch, feat, noise)
+    _, deter, stoch, feat, _ = agent.world_model.loss(data, agent.start(data))
+    losses, _ = agent.behaviour.loss(agent.world_model, data, deter, stoch, feat)
     before = {name: [p.clone() for p in part.parameters()] for name, part in parts.items()}
     agent.descend({}, critic=losses["critic_loss"].mean())
     moved = {
@@ -582,9 +591,7 @@ def test_a_kl_of_unlikely_classes_is_finite():
 
 def test_the_truncated_normal_against_numbers():
     actor, policy = an_actor(discrete=False), (torch.tensor([[0.3, -0.9, 0.0]]), torch.tensor([[0.5, 0.1, 2.0]]))
-    samples = actor.sample(
-        tuple(p.expand(200_000, 3).to(DEVICE) for p in policy), torch.rand(200_000, 3, device=DEVICE)
-    )
+    samples = actor.sample(tuple(p.expand(200_000, 3).to(DEVICE) for p in policy))
     assert samples.abs().max() < 1
     grid = torch.linspace(-1, 1, 20_001, dtype=torch.float64)
     policy = tuple(p.double().to(DEVICE) for p in policy)
@@ -598,11 +605,12 @@ def test_the_truncated_normal_against_numbers():
         assert actor.entropy(one).item() == pytest.approx(entropy.item(), abs=1e-5)
 
 
-def test_extreme_policies_stay_finite():
+def test_extreme_policies_stay_finite(monkeypatch):
     actor = an_actor(discrete=False)
     policy = torch.tensor([[1.0, -1.0, 1.0]], requires_grad=True), torch.tensor([[0.1, 0.1, 2.1]], requires_grad=True)
     for noise in (0.0, 0.5, 1.0):
-        action = actor.sample(policy, torch.full((1, 3), noise))
+        monkeypatch.setattr(torch, "rand_like", lambda x, noise=noise: torch.full_like(x, noise))
+        action = actor.sample(policy)
         loss = action.sum() + actor.entropy(policy).sum() + actor.log_prob(policy, action.detach()).sum()
         assert all(grad.isfinite().all() for grad in gradients(loss, policy)) and action.abs().max() < 1
 
@@ -617,17 +625,16 @@ def test_the_slow_critic_is_copied_at_its_interval():
     assert same == [True, False, False, True, False, False, True]
 
 
-ABLATIONS = [dict(critic=False), dict(slow_critic_every=0), dict(kl_balance=0.5), dict(classes=1)]
-ABLATIONS += [dict(layer_norm=True), dict(predict_continue=False), dict(behaviour_from="replay")]
+ABLATIONS = [dict(critic=False), dict(slow_critic_every=1), dict(kl_balance=0.5), dict(classes=1)]
+ABLATIONS += [dict(predict_continue=False), dict(behaviour_from="replay")]
 
 
 @pytest.mark.parametrize("option", ABLATIONS, ids=str)
 @pytest.mark.parametrize("discrete", [True, False])
 def test_ablations_learn(option, discrete):
     agent, data = small(discrete, model_rate=1e-2, **option)
-    noise = agent.noise(2, 5)
     before = {name: parameter.clone() for name, parameter in agent.named_parameters()}
-    metrics = [agent.update(data, noise)[1] for _ in range(30)]
+    metrics = [agent.update(data) for _ in range(30)]
     assert all(value.isfinite() for step in metrics for value in step.values())
     assert metrics[-1]["losses/recon_loss_vector"] < metrics[0]["losses/recon_loss_vector"]
     still = [name for name, parameter in agent.named_parameters() if torch.equal(parameter, before[name])]
@@ -636,10 +643,11 @@ def test_ablations_learn(option, discrete):
 
 def test_without_a_critic_returns_are_sums_of_rewards():
     agent, data = small(critic=False, predict_continue=False)
-    noise = agent.noise(2, 5)
-    _, deter, stoch, feat, _ = agent.world_model.loss(data, agent.start(data), noise["post"])
-    _, stats = agent.behaviour.loss(agent.world_model, data, deter, stoch, feat, noise)
-    _, _, reward, cont = agent.behaviour.sequences(agent.world_model, data, deter, stoch, feat, noise)
+    _, deter, stoch, feat, _ = agent.world_model.loss(data, agent.start(data))
+    torch.manual_seed(1)
+    _, stats = agent.behaviour.loss(agent.world_model, data, deter, stoch, feat)
+    torch.manual_seed(1)
+    _, _, reward, cont = agent.behaviour.sequences(agent.world_model, data, deter, stoch, feat)
     totals = [torch.zeros(len(reward))]
     for t in reversed(range(reward.shape[1] - 1)):
         totals.append(reward[:, t] + cont[:, t] * totals[-1])
@@ -650,48 +658,91 @@ def test_without_a_critic_returns_are_sums_of_rewards():
 
 
 def a_replay(folder, lengths, capacity=1000, length=5, ends=False):
-    """One stream of episodes of these lengths; each step holds its own number."""
-    replay = script.Replay(str(folder), {"number": ((), "int64"), "is_first": ((), "bool")}, 1, capacity, length, ends)
-    for steps in lengths:
+    """One stream of episodes of these lengths, the last one not over; each step holds its own number."""
+    layout = {"number": ((), "int64"), "is_first": ((), "bool"), "is_last": ((), "bool")}
+    replay = script.Replay(str(folder), layout, 1, capacity, length, ends=ends)
+    for episode, steps in enumerate(lengths, 1):
         for i in range(steps):
-            replay.add({"number": np.array([replay.count]), "is_first": np.array([i == 0])})
+            last = i == steps - 1 and episode < len(lengths)
+            step = {"number": replay.count, "is_first": i == 0, "is_last": last}
+            replay.add({key: np.array([value]) for key, value in step.items()})
     return replay
+
+
+def starts(replay, count):
+    return replay.sample(count, np.random.default_rng(0), torch.device("cpu"))["number"][:, 0].numpy()
 
 
 def test_only_complete_episodes_are_drawn_uniformly(tmp_path):
     replay = a_replay(tmp_path, [6, 5, 3, 20, 9])  # too short (2), and one that is not complete
     assert len(replay) == 2 + 16
-    starts = replay.draw(4000, np.random.default_rng(0))[:, 0]
-    assert set(starts) == {0, 1, *range(14, 30)}
-    assert np.mean(starts < 14) == pytest.approx(0.5, abs=0.03)
-    data, _ = replay.get(np.array([[20, 0]]))
-    assert data["number"].tolist() == [[20, 21, 22, 23, 24]]
-    assert data["is_first"].tolist() == [[True, False, False, False, False]]
+    drawn = starts(replay, 4000)
+    assert set(drawn) == {0, 1, *range(14, 30)}
+    assert np.mean(drawn < 14) == pytest.approx(0.5, abs=0.03)
+    data = replay.sample(20, np.random.default_rng(0), torch.device("cpu"))
+    assert (data["number"] == data["number"][:, :1] + torch.arange(5)).all()
+    assert (data["is_first"] == (torch.arange(5) == 0)).all()
+
+
+def test_an_episode_that_was_left_is_not_drawn(tmp_path):
+    replay = a_replay(tmp_path, [8])
+    for number, i in enumerate([0, 1, 2, 3, 4, 5, 6], 8):
+        step = {"number": number, "is_first": i == 0, "is_last": i == 6}
+        replay.add({key: np.array([value]) for key, value in step.items()})
+    assert set(starts(replay, 100)) == {8, 9, 10}
 
 
 def test_ends_are_prioritised(tmp_path):
-    starts = a_replay(tmp_path, [20, 1], ends=True).draw(21_000, np.random.default_rng(0))[:, 0]
-    counts = np.bincount(starts)
-    assert (
-        len(counts) == 16 and counts[15] == pytest.approx(6000, rel=0.1) and counts[0] == pytest.approx(1000, rel=0.2)
-    )
+    counts = np.bincount(starts(a_replay(tmp_path, [20, 1], ends=True), 21_000))
+    assert len(counts) == 16
+    assert counts[15] == pytest.approx(6000, rel=0.1) and counts[0] == pytest.approx(1000, rel=0.2)
 
 
 def test_episodes_that_are_overwritten_are_gone(tmp_path):
     replay = a_replay(tmp_path, [10, 10, 10, 10], capacity=25)
-    assert replay.complete()[:, 0].tolist() == [20]
-    assert set(replay.draw(100, np.random.default_rng(0))[:, 0]) == set(range(20, 26))
-    again = a_replay(tmp_path, [], capacity=25)
-    again.load_state_dict(replay.state_dict())
-    assert again.complete().tolist() == replay.complete().tolist() and again.begun == replay.begun
+    assert set(starts(replay, 100)) == set(range(20, 26))
+    layout = {key: (array.shape[2:], array.dtype.name) for key, array in replay.arrays.items()}
+    again = script.Replay(str(tmp_path), layout, 1, 25, 5, replay.state_dict())
+    assert set(starts(again, 100)) == set(range(20, 26)) and again.count == replay.count
     assert len(a_replay(tmp_path / "long", [10, 40, 1], capacity=25)) == 0
 
 
-def test_schedule():
-    args = script.Args(prefill=100, pretrain=7, train_every=5)
-    done, due_from = [], None
-    for step in range(0, 140, 2):
-        due, due_from = script.updates_due(args, step, due_from, step >= 104)
-        done.append(due)
-    assert not any(done[:52]) and done[52] == 7
-    assert sum(done[53:]) == (138 - 104) // 5 and max(done[53:]) == 1
+class Episode(gym.Env):
+    """Ends after 7 steps; counts the updates that were made before each action."""
+
+    observation_space, action_space = gym.spaces.Box(-1, 1, (2,)), gym.spaces.Discrete(2)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.steps = 0
+        LOG.append("reset")
+        return np.zeros(2, np.float32), {}
+
+    def step(self, action):
+        self.steps += 1
+        LOG.append("step")
+        return np.zeros(2, np.float32), 1.0, self.steps == 7, False, {}
+
+
+LOG = []
+
+
+def test_schedule(tmp_path, monkeypatch):
+    """After a prefill of whole episodes all starts anew: pretraining, an update at the next step, one every 5 steps."""
+    monkeypatch.setitem(gym.registry, "Seven-v0", gym.envs.registration.EnvSpec("Seven-v0", entry_point=Episode))
+    original = script.Agent.update
+    monkeypatch.setattr(script.Agent, "update", lambda self, data: LOG.append("update") or original(self, data))
+    flags = "--env-id Seven-v0 --deter 8 --hidden 8 --stoch 2 --classes 2 --units 8 --batch-size 2 --batch-length 4 "
+    flags += "--imagination-horizon 3 --prefill 10 --pretrain 3 --total-timesteps 24 --eval-every 0 --no-cuda"
+    LOG.clear()
+    script.main([*flags.split(), "--run-dir", str(tmp_path)])
+    log = LOG[LOG.index("step") - 1 :]
+    first = log.index("update")
+    assert log[:first] == ["reset", *["step"] * 7, "reset", *["step"] * 3, "reset"]  # the reset amid the second episode
+    left = "".join({"step": "s", "update": "u", "reset": "r"}[x] for x in log[first:])
+    done, counts = 0, []
+    for entry in left:
+        done += entry == "u"
+        if entry == "s":
+            counts.append(done)  # updates before each step
+    assert counts == [3, 4, 4, 4, 4, 4, 5, 5, 5, 5, 5, 6, 6, 6]

@@ -1,6 +1,7 @@
 """Small environments for the tests: `--env-id toy_envs:<id>`."""
 
 import os
+import time
 
 import gymnasium as gym
 import numpy as np
@@ -8,6 +9,16 @@ from gymnasium import spaces
 
 IMAGE = spaces.Box(0, 255, (16, 16, 3), np.uint8)
 VECTOR = spaces.Box(-1, 1, (3,), np.float32)
+
+
+class Mission(gym.Space):
+    """A space that Gymnasium does not know, like the sentence that MiniGrid's environments observe."""
+
+    def sample(self, mask=None, probability=None):
+        return "go there"
+
+    def contains(self, x):
+        return isinstance(x, str)
 
 
 class Toy(gym.Env):
@@ -28,14 +39,19 @@ class Toy(gym.Env):
             return space.start + self.count % space.n
         if isinstance(space, spaces.Text):
             return "text"
+        if isinstance(space, (Mission, spaces.Tuple, spaces.MultiBinary, spaces.MultiDiscrete)):
+            space.seed(self.number + self.count)
+            return space.sample()
         number = self.number + self.count + self.last
         if space.dtype == np.uint8:
             return np.random.default_rng(number).integers(0, 256, space.shape, np.uint8)
-        return np.full(space.shape, np.sin(number), space.dtype)
+        return np.full(space.shape, abs(np.sin(number)), space.dtype)
 
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)
         self.count, self.last, self.number = 0, 0, int(self.np_random.integers(100))
+        if self.trouble == "short":
+            self.length = 5 + self.number % 10
         if self.trouble == "random":
             self.number = int.from_bytes(os.urandom(4), "big")
         return self.value(self.observation_space), {}
@@ -45,6 +61,7 @@ class Toy(gym.Env):
         self.actions.append(action)
         self.last = int(np.sum(action))
         reward, over = float(self.count), self.count >= self.length
+        info = {"ragged": np.zeros(self.number + self.count)}
         if os.path.exists("go") and self.count == 10:
             if self.trouble == "exit":
                 os._exit(1)
@@ -52,7 +69,9 @@ class Toy(gym.Env):
                 raise ValueError("the robot fell\nover")
             if self.trouble == "nan":
                 reward = float("nan")
-        return self.value(self.observation_space), reward, over and not self.truncate, over and self.truncate, {}
+            if self.trouble == "hang":
+                time.sleep(1000)
+        return self.value(self.observation_space), reward, over and not self.truncate, over and self.truncate, info
 
     def render(self):
         return np.full((24, 32, 3), self.count, np.uint8)
@@ -96,7 +115,28 @@ register("Start-v0", action=spaces.Discrete(3, start=5))
 register("BadAction-v0", action=spaces.MultiDiscrete([2, 2]))
 register("BadObservation-v0", observation=spaces.Text(5))
 register("BadPart-v0", observation=spaces.Dict({"a": VECTOR, "b": spaces.Text(5)}))
-for trouble in ("exit", "raise", "nan", "random"):
+register("Half-v0", action=spaces.Box(5, np.inf, (2,)))
+register("Huge-v0", action=spaces.Box(-3e38, 3e38, (2, 2)))
+register("Broken-v0", length=1, no_such="option")
+BYTES = {
+    "High": (3, 20, 24),
+    "Flat": (1, 20, 24),
+    "Stack": (4, 84, 84),
+    "Deep": (20, 24, 6),
+    "Grid": (7, 7, 3),
+    "Ram": (128,),
+}
+OBSERVATIONS = {name: spaces.Box(0, 255, shape, np.uint8) for name, shape in BYTES.items()} | {
+    "Floats": spaces.Box(0, 1, (20, 24, 3), np.float32),
+    "Tuple": spaces.Tuple([VECTOR, spaces.Discrete(3)]),
+    "Binary": spaces.MultiBinary(4),
+    "Classes": spaces.MultiDiscrete([3, 4]),
+    "Mission": spaces.Dict(image=IMAGE, mission=Mission()),
+    "Keys": spaces.Dict({key: VECTOR for key in "reward action deter stoch is_first a.b a/b type keys".split()}),
+}
+for name, space in OBSERVATIONS.items():
+    register(f"{name}-v0", observation=space)
+for trouble in ("exit", "raise", "nan", "random", "hang"):
     register(f"{trouble.capitalize()}-v0", trouble=trouble)
     register(f"{trouble.capitalize()}Image-v0", trouble=trouble, observation=IMAGE)
 

@@ -1,0 +1,164 @@
+"""The command line: help, presets, what is refused and with which line, args.json, --evaluate."""
+
+import dataclasses
+import re
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT, command, environment, lines, only_run, run_script, tiny
+
+
+def comments(ported):
+    """Fields of Args with the comment that stands on their line."""
+    source = (ROOT / f"{ported.__name__}.py").read_text()
+    source = source[source.index("class Args") : source.index("\n\n\n", source.index("class Args"))]
+    return dict(re.findall(r"^    (\w+): .*  # (.*)$", source, re.MULTILINE))
+
+
+def test_help_shows_every_field_with_its_comment_and_the_presets(ported, tmp_path, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    out = re.sub(r"[\s│]+", " ", run_script(ported, "--help", cwd=tmp_path).stdout)
+    fields = comments(ported)
+    assert list(fields) == [field.name for field in dataclasses.fields(ported.Args)]
+    for name, comment in fields.items():
+        assert re.search(rf"--(no-)?{name.replace('_', '-')}(?![a-z-])", out), name
+        assert comment.replace("`", "") in out.replace("`", ""), name
+    for suite, preset in ported.PRESETS.items():
+        assert f"{suite}: {preset}" in out, suite
+    assert not any(tmp_path.iterdir())
+
+
+def test_import_runs_nothing(ported, tmp_path):
+    python = [sys.executable, "-c", f"import {ported.__name__}", "--no-such-flag"]
+    result = subprocess.run(python, cwd=tmp_path, env=environment(), capture_output=True, text=True)
+    assert (result.returncode, result.stdout, result.stderr) == (0, "", "") and not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("env_id", ["{}-some-thing", "environments.{}:Some-v1", "{}:{}-easy-v0", "{}/some-v1"])
+def test_presets_by_suite_and_flags_over_them(ported, env_id):
+    for suite, preset in ported.PRESETS.items():
+        word, _, obs = suite.partition("-")
+        flags = ["--env-id", env_id.format(word, word), *(["--obs", obs] if obs else [])]
+        assert vars(ported.parse_args(flags)).items() >= preset.items(), suite
+        args = ported.parse_args([*flags, "--num-envs", "3", "--total-timesteps", "77"])
+        assert (args.num_envs, args.total_timesteps) == (3, 77)
+    plain, default = ported.parse_args(["--env-id", "CartPole-v1"]), ported.Args()
+    assert (plain.num_envs, plain.action_repeat, plain.obs) == (default.num_envs, default.action_repeat, None)
+
+
+def test_a_flag_beats_a_preset_even_with_its_default_value(ported):
+    for name, value in ported.PRESETS["dmc"].items():
+        default = getattr(ported.Args(), name)
+        if default is not None and default != value:
+            args = ported.parse_args(["--env-id", "dmc-walker-walk", f"--{name.replace('_', '-')}", str(default)])
+            assert getattr(args, name) == default, name
+
+
+@pytest.mark.parametrize("flag", ["--no-such-flag", "--num-envs two", "--obs sound"])
+def test_unknown_flags_and_values_are_refused(ported, flag, tmp_path):
+    assert flag.split()[0] in run_script(ported, *flag.split(), cwd=tmp_path, code=2).stderr
+
+
+ZERO = ("seed", "eval_every", "warmup")  # 0 has a meaning
+
+
+def test_numbers_out_of_range_are_refused(ported, refused, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    types = {field.name: field.type for field in dataclasses.fields(ported.Args)}
+    whole, reals = ([name for name, type in types.items() if type in kinds] for kinds in ((int, int | None), (float,)))
+    assert len(whole) > 15 and len(reals) > 8
+    values = [(name, value) for name in whole for value in ("-1", "0") if value == "-1" or name not in ZERO]
+    for name, value in values + [(name, value) for name in reals for value in ("-1", "nan", "inf")]:
+        flag = "--" + name.replace("_", "-")
+        line = refused(ported, "--env-id", "CartPole-v1", *tiny(ported), flag, value)
+        assert flag in line, (flag, value, line)
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "flags, word",
+    [
+        ("--image-size 60", "--image-size"),
+        ("--deter 65", "--deter"),
+        ("--decoder-blocks 6", "--deter"),
+        ("--bins 14", "--bins"),
+        ("--bins 1", "--bins"),
+        ("--classes 257", "--classes"),
+        ("--batch-length 100 --total-timesteps 50", "--batch-length 100"),
+        ("--replay-size 8", "--batch-length 8"),
+        ("--run-dir /proc/nothing", "/proc/nothing"),
+        ("--track", "wandb"),
+        ("--env-id dmc-walker-fly", "walker-fly"),
+        ("--env-id atari-pongg", "ongg"),
+        ("--env-id NoSuchThing-v0", "NoSuchThing"),
+        ("--env-id no_such_module:Thing-v0", "no_such_module"),
+        ("--env-id toy_envs:BadAction-v0", "MultiDiscrete"),
+    ],
+)
+def test_what_cannot_be_is_refused_in_one_line(ported, refused, flags, word, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "wandb", None)  # as if it was not installed
+    flags = ["--env-id", "CartPole-v1", "--total-timesteps", 60, *tiny(ported), *flags.split()]
+    assert word in refused(ported, *flags)
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_without_opengl(ported, tmp_path):
+    patch = "import os\nos.environ.pop('MUJOCO_GL', None)\ns.find_library = lambda name: None"
+    flags = ["--env-id", "dmc-cartpole-swingup", "--num-envs", 1, "--total-timesteps", 60, *tiny(ported)]
+    for obs in ("pixels", "both"):
+        result = run_script(ported, *flags, "--obs", obs, cwd=tmp_path, patch=patch, code=1, DISPLAY="")
+        assert "OpenGL" in lines(result.stderr)[-1] and "Traceback" not in result.stderr
+    run_script(ported, *flags, "--obs", "state", cwd=tmp_path, patch=patch, DISPLAY="")
+
+
+def test_arguments_are_saved_and_come_back(ported, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    flags = "--env-id toy_envs:Vector-v0 --total-timesteps 60 --exp-name mine --seed 5 --run-dir elsewhere "
+    flags = [*(flags + "--time-limit 15 --env-kwargs length=12 truncate=True").split(), *tiny(ported)]
+    run_script(ported, *flags, cwd=tmp_path)
+    (run,) = (tmp_path / "elsewhere").iterdir()
+    assert re.fullmatch(r"toy_envs:Vector-v0__mine__5__\d+", run.name)
+    given = ported.parse_args(flags)
+    for option in ("resume", "evaluate"):
+        again = ported.parse_args([f"--{option}", str(run)])
+        assert dataclasses.replace(again, **{option: None}) == given and getattr(again, option) == str(run)
+    again = ported.parse_args(["--resume", str(run), "--log-every", "7", "--env-kwargs", "length=9"])
+    assert (again.log_every, *again.env_kwargs) == (7, "length=9")
+
+
+@pytest.mark.parametrize("env_id", ["toy_envs:Image-v0", "toy_envs:Vector-v0"])
+def test_evaluate(ported, env_id, tmp_path):
+    """Scores a run without changing it; the same again gives the same; --capture-video leaves a film of one episode."""
+    av = pytest.importorskip("av")
+    run_script(ported, "--env-id", env_id, "--total-timesteps", 60, *tiny(ported), cwd=tmp_path)
+    run = only_run(tmp_path)
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    flags = ["--evaluate", run, "--eval-episodes", 3]
+    one, two = (run_script(ported, *flags, *more, cwd=tmp_path).stdout for more in ([], ["--capture-video"]))
+    assert f"{env_id}: 210.00 ± 0.00 over 3 episodes" in one  # 1 + 2 + ... + 20
+    assert one.splitlines()[-1] in two
+    assert before == {path: path.read_bytes() for path in before}
+    (film,) = run.rglob("*.mp4")
+    with av.open(str(film)) as file:
+        assert len(list(file.decode(video=0))) in (20, 21)
+
+
+def test_an_evaluation_counts_each_episode_once(new_house, tmp_path):
+    flags = ["--env-id", "toy_envs:Vector-v0", "--env-kwargs", "trouble=short", "--total-timesteps", 60]
+    run_script(new_house, *flags, *tiny(new_house), cwd=tmp_path)
+    args = new_house.parse_args(["--evaluate", str(only_run(tmp_path))])
+    returns = new_house.evaluate(new_house.load_run(args, args.evaluate)[0], args, 0)
+    assert len(set(returns)) > 3 and set(returns) <= {n * (n + 1) / 2 for n in range(5, 15)}
+
+
+@pytest.mark.slow
+def test_evaluations_and_films_during_training(ported, tmp_path):
+    flags = ["--env-id", "toy_envs:Image-v0", "--total-timesteps", 90, *tiny(ported), "--eval-every", 30]
+    process = subprocess.run(
+        command(ported, *flags, "--eval-episodes", 2, "--capture-video"), cwd=tmp_path, env=environment(), timeout=120
+    )
+    assert process.returncode == 0
+    assert len(list(only_run(tmp_path).rglob("videos/*/*.mp4"))) == 3

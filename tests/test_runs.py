@@ -1,0 +1,466 @@
+"""Runs: resume, kill, signals, trouble in environments, what is refused, evaluation, several processes."""
+
+import importlib
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from conftest import ROOT, agent_and_batch, checkpoint, command, environment, lines, metrics, only_run, run_script, tiny
+
+slow = pytest.mark.slow
+TOY = ["--env-id", "toy_envs:Vector-v0"]  # whose rewards count the steps of its episodes of 20
+TWO_IMAGES = ["--env-id", "toy_envs:Image-v0", "--num-envs", 2]
+NOW = ["--save-every", 1]
+
+
+def frames(run):
+    return checkpoint(run)["progress"][1]
+
+
+def train(script, folder, *flags, frames=60, **options):
+    """A tiny run in this process, unless asked otherwise -> its directory."""
+    run_script(script, *flags, "--total-timesteps", frames, *tiny(script), cwd=folder, **options)
+    return only_run(folder)
+
+
+def go_on(script, run, more=40, *flags):
+    """Continues a run: nothing that it needs was lost, and what it holds is sound."""
+    total = frames(run) + more
+    run_script(script, "--resume", run, "--total-timesteps", total, *flags, cwd=run.parent.parent)
+    state = checkpoint(run)
+    assert frames(run) >= total
+    assert all(value.isfinite().all() for value in state["agent"].values())
+    for path in (run / "replay").rglob("*"):
+        assert path.name not in ("reward", "deter", "vector") or np.isfinite(np.fromfile(path, np.float32)).all()
+
+
+def contents(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def wait_for(what, process=None, seconds=60):
+    limit = time.time() + seconds
+    while not what():
+        assert time.time() < limit and (process is None or process.poll() is None)
+        time.sleep(0.05)
+
+
+def start(script, folder, *flags, patch=None):
+    """A run in a process group of its own, once it has learnt and saved."""
+    flags = [*flags, "--replay-size", 200, *tiny(script), "--save-every", 20]
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    process = subprocess.Popen(command(script, *flags, patch=patch), cwd=folder, env=environment(), **pipes)
+    wait_for(lambda: [*folder.glob("runs/*/checkpoint.pt")] and checkpoint(only_run(folder))["progress"][2], process)
+    return process
+
+
+def same(a, b, path="checkpoint"):
+    """Checks that two nested structures are equal to the bit."""
+    if isinstance(a, torch.Tensor):
+        assert torch.equal(a.view(-1).view(torch.uint8), b.view(-1).view(torch.uint8)), path
+    elif isinstance(a, dict | list | tuple):
+        assert len(a) == len(b), path
+        for key in a if isinstance(a, dict) else range(len(a)):
+            same(a[key], b[key], f"{path}.{key}")
+    else:
+        assert a == b, path
+
+
+@pytest.fixture
+def batches(new_house, monkeypatch):
+    """All that a run in this process samples from a toy; its steps must follow one another, with cuts marked."""
+    whole, seen = new_house.Replay.sample, []
+
+    def sample(self, *args):
+        data, index = whole(self, *args)
+        reward, first, last = (data[key].numpy() for key in ("reward", "is_first", "is_last"))
+        assert ((reward[:, 1:] == reward[:, :-1] + 1) | first[:, 1:]).all(), reward
+        assert (last[:, :-1] >= first[:, 1:]).all()
+        seen.append(data)
+        return data, index
+
+    monkeypatch.setattr(new_house.Replay, "sample", sample)
+    return seen
+
+
+# Resume
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        TOY,
+        ["--env-id", "CartPole-v1", "--num-envs", 3],
+        pytest.param([*TWO_IMAGES, "--amp"], marks=slow),
+        pytest.param("--env-id dmc-cartpole-balance --num-envs 1 --obs state --time-limit 40".split(), marks=slow),
+    ],
+)
+def test_two_resumes_of_one_run_are_the_same_to_the_bit(ported, flags, tmp_path):
+    first = train(ported, tmp_path, *flags)
+    state, runs = checkpoint(first), [tmp_path / name / "runs" / first.name for name in "ab"]
+    for run in runs:
+        shutil.copytree(first, run)
+        go_on(ported, run, 100)
+    same(*map(checkpoint, runs))
+    assert metrics(runs[0]) == metrics(runs[1]) and max(row[0] for row in metrics(runs[0])) > state["progress"][1]
+    one, two = ({path.name: data for path, data in contents(run / "replay").items()} for run in runs)
+    assert one == two and len(one) > 5
+    later = checkpoint(runs[0])
+    assert later["progress"][2] > state["progress"][2]
+    assert any(not torch.equal(value, state["agent"][key]) for key, value in later["agent"].items())
+
+
+def test_an_episode_that_was_cut_is_marked(new_house, batches, tmp_path):
+    run = train(new_house, tmp_path, *TOY, frames=50)  # in the middle of an episode of 20
+    batches.clear()
+    go_on(new_house, run)
+    cut = [data for data in batches if (data["is_last"] & (data["reward"] != 20)).any()]
+    assert cut and not any((data["is_terminal"] & (data["reward"] != 20)).any() for data in cut)
+
+
+@pytest.mark.parametrize(
+    "before, after, size",
+    [
+        ([], [], 201),
+        (["--replay-size", 45], [], 45),
+        (["--replay-size", 45], ["--replay-size", 120], 120),
+        ([], ["--batch-length", 16], 201),
+        ([], ["--batch-length", 4], 201),
+    ],
+)
+def test_a_finished_run_is_extended(new_house, batches, before, after, size, tmp_path):
+    """The replay goes on where it was and grows, also if it has come round or is read in other lengths."""
+    run = train(new_house, tmp_path, *TOY, *before, frames=100)
+    seen = len(batches)
+    go_on(new_house, run, 100, *after)
+    assert len(batches) > seen > 0 and frames(run) == 200 and checkpoint(run)["replay"]["capacity"] == size
+    run_script(new_house, "--resume", run, cwd=tmp_path)  # it remembers the new total: nothing left to do
+    assert frames(run) == 200
+
+
+def test_other_intervals_may_be_asked_for(new_house, tmp_path):
+    run = train(new_house, tmp_path, *TOY)
+    go_on(new_house, run, 40, "--log-every", 10, "--learning-rate", 1e-2)
+    assert json.loads((run / "args.json").read_text())["learning_rate"] == 1e-2
+
+
+def test_keys_of_any_name_train_and_come_back(new_house, tmp_path):
+    run = train(new_house, tmp_path, "--env-id", "toy_envs:Keys-v0")
+    go_on(new_house, run)
+    assert len(list((run / "replay/0").iterdir())) == 9 + len(new_house.RESERVED)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A run that ended well."""
+    return train(importlib.import_module("dreamer_v3"), tmp_path_factory.mktemp("finished"), *TOY)
+
+
+BROKEN = {
+    "cut replay": lambda run: os.truncate(run / "replay/0/vector", 100),
+    "lost replay": lambda run: (run / "replay/0/reward").unlink(),
+    "cut checkpoint": lambda run: os.truncate(run / "checkpoint.pt", 10_000),
+    "empty checkpoint": lambda run: os.truncate(run / "checkpoint.pt", 0),
+    "lost checkpoint": lambda run: (run / "checkpoint.pt").unlink(),
+    "another script's": lambda run: (run / "args.json").write_text('{"script": "planet"}'),
+    "no run": lambda run: (run / "args.json").unlink(),
+}
+
+
+@pytest.mark.parametrize(
+    "change", [*BROKEN, "--env-id Acrobot-v1", "--num-envs 2", "--units 8", "--stoch 8", "--env-id toy_envs:Bounds-v0"]
+)
+def test_a_refused_resume_changes_nothing(new_house, finished, refused, change, tmp_path):
+    run = tmp_path / finished.name
+    shutil.copytree(finished, run)
+    if change in BROKEN:
+        BROKEN[change](run)
+    before = contents(run)
+    refused(new_house, "--resume", run, "--total-timesteps", 100, *(change.split() if change[0] == "-" else []))
+    assert contents(run) == before
+
+
+def test_a_folder_that_is_not_there_is_no_run(new_house, refused, tmp_path):
+    assert "nothing" in refused(new_house, "--resume", tmp_path / "nothing") and not any(tmp_path.iterdir())
+
+
+def test_two_runs_of_one_second_have_folders_of_their_own(new_house, tmp_path):
+    for _ in range(3):
+        run_script(new_house, *TOY, "--total-timesteps", 9, *tiny(new_house), cwd=tmp_path)
+    assert len(list((tmp_path / "runs").iterdir())) == 3
+
+
+# Kills and signals
+
+
+@slow
+def test_kill_in_the_middle_of_a_save(new_house, tmp_path):
+    patch = """
+import os, signal
+whole, calls = s.torch.save, []
+def half(state, file):
+    calls.append(1)
+    if len(calls) < 45: return whole(state, file)
+    file.write(b"half a checkpoint"); file.flush()
+    os.kill(os.getpid(), signal.SIGKILL)
+s.torch.save = half
+"""
+    run = train(new_house, tmp_path, *TOY, *NOW, patch=patch, code=-signal.SIGKILL)
+    assert frames(run) >= 40
+    go_on(new_house, run)
+
+
+@slow
+def test_kills_at_random_moments():
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    kill = importlib.import_module("kill")
+    figures = kill.kill(kill.Args(times=3))
+    assert figures["resumed"] == 3 and figures["frames"] >= 400 and figures["lost_most"] < 400
+
+
+@slow
+def test_steps_that_came_after_the_last_save_are_lost(new_house, batches, tmp_path):
+    """Also if the replay has come round: they lie where the oldest steps were, which are gone."""
+    process = start(new_house, tmp_path, *TOY, "--total-timesteps", 10**6)
+    run = only_run(tmp_path)
+    wait_for(lambda: frames(run) > 250, process)
+    process.kill()
+    process.communicate()
+    state = checkpoint(run)  # as if the last save was 30 frames ago
+    state["progress"] = (state["progress"][0] - 30, state["progress"][1] - 30, *state["progress"][2:])
+    state["replay"]["count"] -= 30
+    state["replay"]["fresh"] = []
+    torch.save(state, run / "checkpoint.pt")
+    go_on(new_house, run, 60)
+
+
+@slow
+@pytest.mark.parametrize("number, group", [("INT", True), ("TERM", True), ("TERM", False), ("HUP", True)])
+@pytest.mark.parametrize("flags", [[*TOY, "--num-envs", 2], TWO_IMAGES], ids=["state", "pixels"])
+def test_a_signal_saves_and_says_how_to_resume(new_house, flags, number, group, tmp_path):
+    """To the process alone as `kill` sends it, or to the group with its environments as a terminal does."""
+    process, number = start(new_house, tmp_path, *flags), getattr(signal, f"SIG{number}")
+    run, before = only_run(tmp_path), frames(only_run(tmp_path))
+    os.killpg(process.pid, number) if group else process.send_signal(number)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 128 + number, err
+    assert "Traceback" not in err
+    assert (
+        f"--resume runs/{run.name}" in [*out.splitlines(), *lines(err)][-1]
+        or f"--resume runs/{run.name}" in out.splitlines()[-1]
+    )
+    assert frames(run) >= before
+    wait_for(lambda: subprocess.run(["pgrep", "-s", str(process.pid)], capture_output=True).returncode, seconds=20)
+    go_on(new_house, run)
+
+
+@slow
+def test_a_second_signal_leaves_an_evaluation_that_never_ends(new_house, tmp_path):
+    patch = """
+import pathlib
+whole = s.evaluate
+def evaluate(*args, **kwargs):
+    pathlib.Path("go").touch()
+    return whole(*args, **kwargs)
+s.evaluate = evaluate
+"""
+    flags = ["--env-id", "toy_envs:Hang-v0", *tiny(new_house), "--eval-every", 50, "--eval-episodes", 1]
+    flags = command(new_house, *flags, "--total-timesteps", 1000, patch=patch)
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(flags, cwd=tmp_path, env=environment(), **pipes)
+    wait_for((tmp_path / "go").exists, process)
+    time.sleep(1)
+    process.send_signal(signal.SIGINT)
+    time.sleep(1)
+    assert process.poll() is None and frames(only_run(tmp_path)) == 50
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=10)
+    assert process.returncode in (-signal.SIGINT, 128 + signal.SIGINT)
+    (tmp_path / "go").unlink()
+    go_on(new_house, only_run(tmp_path), 40, "--eval-every", 0)
+
+
+def test_an_evaluation_that_was_stopped_is_no_result(new_house, tmp_path, monkeypatch):
+    whole = new_house.evaluate
+
+    def stopped(*args):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return whole(*args)
+
+    monkeypatch.setattr(new_house, "evaluate", stopped)
+    flags = [*TOY, *tiny(new_house), "--eval-every", 50, "--total-timesteps", 1000]
+    run_script(new_house, *flags, cwd=tmp_path, code=128 + signal.SIGTERM)
+    assert metrics(only_run(tmp_path)) and not any(key.startswith("eval/") for _, key, _ in metrics(only_run(tmp_path)))
+
+
+# Trouble
+
+
+TROUBLE = [("Raise", ""), ("Nan", ""), ("Raise", "Image"), ("Nan", "Image"), ("Exit", "Image")]
+
+
+@slow
+@pytest.mark.parametrize("trouble, kind", TROUBLE)
+def test_trouble_in_an_environment_saves_first(new_house, trouble, kind, tmp_path):
+    (tmp_path / "go").touch()
+    flags = ["--env-id", f"toy_envs:{trouble}{kind}-v0", "--num-envs", 2 if kind else 1]
+    run = train(new_house, tmp_path, *flags, fresh=True, code=1)
+    assert frames(run) == 9 * (2 if kind else 1)
+    (tmp_path / "go").unlink()
+    go_on(new_house, run, 60)
+
+
+@slow
+@pytest.mark.parametrize("trouble", ["Raise", "Nan"])
+def test_trouble_in_an_evaluation_loses_nothing(new_house, trouble, tmp_path):
+    patch = "import pathlib\nwhole = s.evaluate\ns.evaluate = lambda *a: pathlib.Path('go').touch() or whole(*a)"
+    flags = ["--env-id", f"toy_envs:{trouble}-v0", *tiny(new_house), "--eval-every", 50, "--total-timesteps", 60]
+    result = subprocess.run(
+        command(new_house, *flags, patch=patch), cwd=tmp_path, env=environment(), timeout=60, capture_output=True
+    )
+    run = only_run(tmp_path)
+    assert frames(run) >= 50, result.stderr
+    (tmp_path / "go").unlink()
+    go_on(new_house, run, 40, "--eval-every", 0)
+
+
+@slow
+def test_an_environment_process_that_is_killed(new_house, tmp_path):
+    process = start(new_house, tmp_path, *TWO_IMAGES)
+    session = subprocess.run(["pgrep", "-s", str(process.pid)], capture_output=True, text=True).stdout.split()
+    os.kill(max(map(int, session)), signal.SIGKILL)  # the youngest
+    process.communicate(timeout=60)
+    assert process.returncode == 1
+    go_on(new_house, only_run(tmp_path))
+
+
+@slow
+@pytest.mark.parametrize("flags", [TOY, TWO_IMAGES], ids=["state", "pixels"])
+def test_a_loss_that_is_not_finite(new_house, flags, tmp_path):
+    """It is named, the last checkpoint is kept, and nothing of the broken model gets into the replay."""
+    patch = """
+whole, calls = s.Agent.update, []
+def broken(self, *args):
+    calls.append(1)
+    if len(calls) == 12:
+        next(self.parameters()).data.fill_(float("nan"))
+    return whole(self, *args)
+s.Agent.update = broken
+"""
+    flags = [*flags, *tiny(new_house), *NOW, "--total-timesteps", 200]
+    result = run_script(new_house, *flags, cwd=tmp_path, patch=patch, code=1, timeout=60)
+    (line,) = lines(result.stderr)
+    assert "losses/" in line and "update 12" in line
+    run = only_run(tmp_path)
+    assert checkpoint(run)["progress"][2] == 11
+    go_on(new_house, run, 100)
+
+
+def test_a_disk_that_is_too_small_is_refused(new_house, refused, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: type("Usage", (), dict(free=10**6)))
+    line = refused(new_house, *TOY, "--total-timesteps", 10**5, *tiny(new_house))
+    assert "GB" in line and not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+def test_evaluation_uses_seeds_that_training_never_saw(new_house, tmp_path, monkeypatch):
+    seeds, evaluating, reset, evaluate = {True: [], False: []}, [], gym.vector.SyncVectorEnv.reset, new_house.evaluate
+
+    def watched(self, *, seed=None, options=None):
+        seeds[bool(evaluating)].extend(seed)
+        return reset(self, seed=seed, options=options)
+
+    def evaluated(*args):
+        evaluating.append(1)
+        returns = evaluate(*args)
+        evaluating.clear()
+        return returns
+
+    monkeypatch.setattr(gym.vector.SyncVectorEnv, "reset", watched)
+    monkeypatch.setattr(new_house, "evaluate", evaluated)
+    flags = [*TOY, "--num-envs", 3, *tiny(new_house), "--eval-every", 30, "--eval-episodes", 4]
+    run_script(new_house, *flags, "--total-timesteps", 90, cwd=tmp_path)
+    go_on(new_house, only_run(tmp_path), 60)
+    assert len(seeds[False]) == 6 and len(seeds[True]) == 20
+    assert len(set(seeds[True] + seeds[False])) == 26
+
+
+# Several processes
+
+
+SPACES = {"vector": gym.spaces.Box(-np.inf, np.inf, (3,)), "image": gym.spaces.Box(0, 255, (64, 64, 3), np.uint8)}
+
+
+def updates(rank, world, name, folder):
+    """20 updates of one process with its share of the batch, without chance; leaves its agent in `folder`."""
+    torch.set_num_threads(1)
+    script = importlib.import_module(name)
+    if world > 1:
+        dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=world)
+    script.sample_onehot = lambda probs: F.one_hot(probs.argmax(-1), probs.shape[-1]) + probs - probs.detach()
+    args = script.parse_args(["--env-id", "CartPole-v1", *tiny(script)])
+    agent, data = agent_and_batch(script, args, SPACES, gym.spaces.Discrete(4), f"{folder}/replay_{world}_{rank}")
+    first = {key: value.clone() for key, value in agent.state_dict().items()}
+    for _ in range(20):
+        agent.update({key: value.chunk(world)[rank] for key, value in data.items()})
+    torch.save(dict(agent=agent.state_dict(), first=first), f"{folder}/{world}_{rank}.pt")
+    if world > 1:
+        dist.destroy_process_group()
+
+
+@slow
+def test_two_processes_update_as_one(ported, tmp_path):
+    for world in (1, 2):
+        torch.multiprocessing.spawn(updates, (world, ported.__name__, str(tmp_path)), world)
+    one, *two = (torch.load(tmp_path / f"{name}.pt") for name in ("1_0", "2_0", "2_1"))
+    moved = 0
+    for key, first in one["first"].items():
+        a, b, c = (state["agent"][key].double() for state in (one, *two))
+        assert torch.equal(b, c), key  # the processes stay together
+        moved += not torch.equal(a, first)
+        assert (a - b).norm() <= 1e-2 * (a - first).norm() + 1e-6, key
+    assert moved > len(one["first"]) / 2
+
+
+@slow
+def test_torchrun_trains_stops_and_resumes(ported, tmp_path):
+    """A signal that reaches one process alone ends both, after the same update."""
+
+    def launch(*args):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            env = environment(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free.getsockname()[1]), WORLD_SIZE="2")
+        pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path)
+        return [subprocess.Popen(command(ported, *args), env=env | {"RANK": str(rank)}, **pipes) for rank in (0, 1)]
+
+    def end(processes):
+        results = [process.communicate(timeout=120) for process in processes]
+        assert not any("Traceback" in err for _, err in results), results
+        return [process.returncode for process in processes]
+
+    flags = [*TOY, "--num-envs", 2, *tiny(ported), "--train-ratio", 64, "--save-every", 20]
+    assert end(launch(*flags, "--total-timesteps", 100)) == [0, 0]
+    run = only_run(tmp_path)
+    state = checkpoint(run)
+    assert frames(run) == 100 and state["progress"][2] > 10 and metrics(run)
+    assert {path.name for path in (run / "replay").iterdir()} == {"0", "1"}
+    vectors = [np.fromfile(run / f"replay/{rank}/vector", np.float32)[:90] for rank in (0, 1)]
+    assert not np.array_equal(*vectors)  # each has environments of its own
+    for sent_to in (0, 1):
+        before = frames(run)
+        processes = launch("--resume", run, "--total-timesteps", 10**4)
+        wait_for(lambda before=before: frames(run) > before + 40, processes[0])
+        processes[sent_to].send_signal(signal.SIGTERM)
+        assert end(processes)[sent_to] == 128 + signal.SIGTERM
+        assert before < frames(run) < 10**4 and checkpoint(run)["progress"][2] > state["progress"][2]
