@@ -81,13 +81,13 @@ def test_arguments_are_saved_and_come_back(script, tmp_path):
     assert script.parse_args(["--resume", str(run), "--log-every", "7"]).log_every == 7
 
 
-def test_readme_explains_every_key(script, tmp_path):
-    readme = ROOT / "README.md"
+def test_the_docs_explain_every_key(script, tmp_path):
+    readme = ROOT / f"docs/{script.__name__}.md"
     documented = re.findall(
         r"`((?:charts|losses|stats|eval|video)/[^`]+)`", readme.read_text() if readme.exists() else ""
     )
     if not documented:
-        pytest.skip("README.md has no table of keys")
+        pytest.skip("no table of keys")
     flags = ["--total-timesteps", 120, *tiny(script), "--eval-every", 60, "--eval-episodes", 1, "--capture-video"]
     run_script(script, "--env-id", "toy_envs:Mixed-v0", *flags, cwd=tmp_path)
     run = only_run(tmp_path)
