@@ -1051,7 +1051,7 @@ def load(run, agent):
         torch._foreach_copy_(agent.optimizer_state(), state.get("optimizer", agent.optimizer_state()))
         return state
     except Exception as error:
-        sys.exit(f"{run}/checkpoint.pt is missing, not whole or of other sizes: {str(error).splitlines()[-1].strip()}")
+        sys.exit(f"{run}/checkpoint.pt is missing, not whole or of other sizes: {repr(error)[:99]}")
 
 
 def load_run(args, run):

@@ -36,7 +36,7 @@ class Args:
 
 def frames(run):
     """Frames of the last checkpoint."""
-    return torch.load(run / "checkpoint.pt", weights_only=True)["progress"][1] if run else 0
+    return torch.load(run / "checkpoint.pt", weights_only=True)["progress"][0] if run else 0
 
 
 def kill(args):

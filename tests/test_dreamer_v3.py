@@ -692,7 +692,8 @@ def test_updates_follow_the_train_ratio(envs, ratio, tmp_path):
     """One when there is a batch, then `train_ratio` steps a record: those of resets count too, but are no frame."""
     flags = ["--env-id", "toy_envs:Vector-v0", "--num-envs", envs, *tiny(script), "--train-ratio", ratio]
     run_script(script, *flags, "--total-timesteps", 100 * envs, cwd=tmp_path)
-    step, frame, updates, _ = checkpoint(only_run(tmp_path))["progress"]
-    assert (step, frame) == (104 * envs, 100 * envs)  # five episodes of 20 steps and, but for the first, a reset each
-    start = next(records for records in range(0, step, envs) if records - 8 * envs >= 4 * 8)  # a first batch is there
-    assert updates == 1 + (step - start) * ratio // (4 * 8) > 8
+    state = checkpoint(only_run(tmp_path))
+    (frame, updates, _), records = state["progress"], state["replay"]["count"] * envs
+    assert (records, frame) == (104 * envs, 100 * envs)  # five episodes of 20 steps; all but one have a reset
+    start = next(count for count in range(0, records, envs) if count - 8 * envs >= 4 * 8)  # a first batch is there
+    assert updates == 1 + (records - start) * ratio // (4 * 8) > 8

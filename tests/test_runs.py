@@ -16,7 +16,19 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from conftest import ROOT, agent_and_batch, checkpoint, command, environment, lines, metrics, only_run, run_script, tiny
+from conftest import (
+    PORTED,
+    ROOT,
+    agent_and_batch,
+    checkpoint,
+    command,
+    environment,
+    lines,
+    metrics,
+    only_run,
+    run_script,
+    tiny,
+)
 
 slow = pytest.mark.slow
 TOY = ["--env-id", "toy_envs:Vector-v0"]  # whose rewards count the steps of its episodes of 20
@@ -24,8 +36,13 @@ TWO_IMAGES = ["--env-id", "toy_envs:Image-v0", "--num-envs", 2]
 NOW = ["--save-every", 1]
 
 
+def progress(run):
+    """Frames and updates of the last checkpoint."""
+    return checkpoint(run)["progress"][-4:][:2]  # planet.py counts its episodes before them
+
+
 def frames(run):
-    return checkpoint(run)["progress"][1]
+    return progress(run)[0]
 
 
 def train(script, folder, *flags, frames=60, **options):
@@ -61,7 +78,7 @@ def start(script, folder, *flags, patch=None):
     flags = [*flags, "--replay-size", 200, *tiny(script), "--save-every", 20]
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
     process = subprocess.Popen(command(script, *flags, patch=patch), cwd=folder, env=environment(), **pipes)
-    wait_for(lambda: [*folder.glob("runs/*/checkpoint.pt")] and checkpoint(only_run(folder))["progress"][2], process)
+    wait_for(lambda: [*folder.glob("runs/*/checkpoint.pt")] and progress(only_run(folder))[1], process)
     return process
 
 
@@ -108,17 +125,18 @@ def batches(new_house, monkeypatch):
 )
 def test_two_resumes_of_one_run_are_the_same_to_the_bit(ported, flags, tmp_path):
     first = train(ported, tmp_path, *flags)
-    state, runs = checkpoint(first), [tmp_path / name / "runs" / first.name for name in "ab"]
+    state, (frame, updates) = checkpoint(first), progress(first)
+    runs = [tmp_path / name / "runs" / first.name for name in "ab"]
     for run in runs:
         shutil.copytree(first, run)
         go_on(ported, run, 100)
     same(*map(checkpoint, runs))
-    assert metrics(runs[0]) == metrics(runs[1]) and max(row[0] for row in metrics(runs[0])) > state["progress"][1]
+    assert metrics(runs[0]) == metrics(runs[1]) and max(row[0] for row in metrics(runs[0])) > frame
     one, two = ({path.name: data for path, data in contents(run / "replay").items()} for run in runs)
     assert one == two and len(one) > 5
-    later = checkpoint(runs[0])
-    assert later["progress"][2] > state["progress"][2]
-    assert any(not torch.equal(value, state["agent"][key]) for key, value in later["agent"].items())
+    assert progress(runs[0])[1] > updates
+    later = checkpoint(runs[0])["agent"].items()
+    assert any(not torch.equal(value, state["agent"][key]) for key, value in later)
 
 
 def test_an_episode_that_was_cut_is_marked(new_house, batches, tmp_path):
@@ -130,23 +148,31 @@ def test_an_episode_that_was_cut_is_marked(new_house, batches, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "before, after, size",
+    "before, after, grows",
     [
-        ([], [], 201),
-        (["--replay-size", 45], [], 45),
-        (["--replay-size", 45], ["--replay-size", 120], 120),
-        ([], ["--batch-length", 16], 201),
-        ([], ["--batch-length", 4], 201),
+        ([], [], True),
+        ([], ["--batch-length", 16], True),
+        ([], ["--batch-length", 4], True),
+        (["--replay-size", 45], [], False),
+        (["--replay-size", 45], ["--replay-size", 120], False),  # it has come round
     ],
 )
-def test_a_finished_run_is_extended(new_house, batches, before, after, size, tmp_path):
-    """The replay goes on where it was and grows, also if it has come round or is read in other lengths."""
-    run = train(new_house, tmp_path, *TOY, *before, frames=100)
-    seen = len(batches)
+def test_a_finished_run_is_extended(new_house, batches, before, after, grows, tmp_path):
+    """The replay goes on where it was and grows, unless it has come round; it may be read in other lengths."""
+    run = train(new_house, tmp_path, *TOY, "--env-kwargs", "length=70", *before, frames=100)
+    seen, size = len(batches), checkpoint(run)["replay"]["capacity"]
     go_on(new_house, run, 100, *after)
-    assert len(batches) > seen > 0 and frames(run) == 200 and checkpoint(run)["replay"]["capacity"] == size
+    assert len(batches) > seen > 0 and frames(run) == 200
+    assert checkpoint(run)["replay"]["capacity"] > size + 90 if grows else size == 45
     run_script(new_house, "--resume", run, cwd=tmp_path)  # it remembers the new total: nothing left to do
     assert frames(run) == 200
+
+
+def test_a_kill_between_the_growth_of_the_replay_and_the_next_save(new_house, batches, tmp_path):
+    run = train(new_house, tmp_path, *TOY)
+    for path in (run / "replay/0").iterdir():
+        os.truncate(path, 3 * path.stat().st_size)
+    go_on(new_house, run, 100)
 
 
 def test_other_intervals_may_be_asked_for(new_house, tmp_path):
@@ -164,7 +190,7 @@ def test_keys_of_any_name_train_and_come_back(new_house, tmp_path):
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """A run that ended well."""
-    return train(importlib.import_module("dreamer_v3"), tmp_path_factory.mktemp("finished"), *TOY)
+    return train(importlib.import_module(PORTED[-1]), tmp_path_factory.mktemp("finished"), *TOY)
 
 
 BROKEN = {
@@ -238,7 +264,7 @@ def test_steps_that_came_after_the_last_save_are_lost(new_house, batches, tmp_pa
     process.kill()
     process.communicate()
     state = checkpoint(run)  # as if the last save was 30 frames ago
-    state["progress"] = (state["progress"][0] - 30, state["progress"][1] - 30, *state["progress"][2:])
+    state["progress"] = (state["progress"][0] - 30, *state["progress"][1:])
     state["replay"]["count"] -= 30
     state["replay"]["fresh"] = []
     torch.save(state, run / "checkpoint.pt")
@@ -363,7 +389,7 @@ s.Agent.update = broken
     (line,) = lines(result.stderr)
     assert "losses/" in line and "update 12" in line
     run = only_run(tmp_path)
-    assert checkpoint(run)["progress"][2] == 11
+    assert progress(run)[1] == 11
     go_on(new_house, run, 100)
 
 
@@ -399,6 +425,7 @@ def test_evaluation_uses_seeds_that_training_never_saw(new_house, tmp_path, monk
 # Several processes
 
 
+PARALLEL = [name for name in PORTED if name in ("dreamer_v3", "genie")]
 SPACES = {"vector": gym.spaces.Box(-np.inf, np.inf, (3,)), "image": gym.spaces.Box(0, 255, (64, 64, 3), np.uint8)}
 
 
@@ -420,6 +447,7 @@ def updates(rank, world, name, folder):
 
 
 @slow
+@pytest.mark.parametrize("ported", PARALLEL, indirect=True)
 def test_two_processes_update_as_one(ported, tmp_path):
     for world in (1, 2):
         torch.multiprocessing.spawn(updates, (world, ported.__name__, str(tmp_path)), world)
@@ -434,6 +462,7 @@ def test_two_processes_update_as_one(ported, tmp_path):
 
 
 @slow
+@pytest.mark.parametrize("ported", PARALLEL, indirect=True)
 def test_torchrun_trains_stops_and_resumes(ported, tmp_path):
     """A signal that reaches one process alone ends both, after the same update."""
 
@@ -452,8 +481,8 @@ def test_torchrun_trains_stops_and_resumes(ported, tmp_path):
     flags = [*TOY, "--num-envs", 2, *tiny(ported), "--train-ratio", 64, "--save-every", 20]
     assert end(launch(*flags, "--total-timesteps", 100)) == [0, 0]
     run = only_run(tmp_path)
-    state = checkpoint(run)
-    assert frames(run) == 100 and state["progress"][2] > 10 and metrics(run)
+    updates = progress(run)[1]
+    assert frames(run) == 100 and updates > 10 and metrics(run)
     assert {path.name for path in (run / "replay").iterdir()} == {"0", "1"}
     vectors = [np.fromfile(run / f"replay/{rank}/vector", np.float32)[:90] for rank in (0, 1)]
     assert not np.array_equal(*vectors)  # each has environments of its own
@@ -463,4 +492,4 @@ def test_torchrun_trains_stops_and_resumes(ported, tmp_path):
         wait_for(lambda before=before: frames(run) > before + 40, processes[0])
         processes[sent_to].send_signal(signal.SIGTERM)
         assert end(processes)[sent_to] == 128 + signal.SIGTERM
-        assert before < frames(run) < 10**4 and checkpoint(run)["progress"][2] > state["progress"][2]
+        assert before < frames(run) < 10**4 and progress(run)[1] > updates

@@ -20,7 +20,7 @@ import torch
 from conftest import ROOT, checkpoint, environment, metrics, only_run, press_a_key, run_script, served, tiny
 from gymnasium.utils.env_checker import check_env
 from PIL import Image
-from test_resume import same
+from test_runs import same
 from test_shapes import commented, watch
 
 import worldmodels_v1 as script
