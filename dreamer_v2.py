@@ -337,10 +337,11 @@ class Replay:
         sizes = {key: math.prod(shape) * np.dtype(dtype).itemsize * num_envs for key, (shape, dtype) in layout.items()}
         held = {key: os.path.getsize(f"{folder}/{key}") for key in layout if os.path.exists(f"{folder}/{key}")}
         if saved:
-            if held != {key: saved["capacity"] * size for key, size in sizes.items()}:
+            if saved["sizes"] != sizes or any(held.get(k, 0) < saved["capacity"] * sizes[k] for k in sizes):
                 sys.exit(f"{folder} is not whole, or not of these observations, environments and sizes: {list(layout)}")
             self.count, self.episodes = saved["count"], np.array(saved["episodes"], int).reshape(-1, 3)
             self.capacity = max(capacity, saved["capacity"]) if self.count <= saved["capacity"] else saved["capacity"]
+        self.sizes = sizes
         if self.capacity < length + 1:
             sys.exit(f"--batch-length {length}: the replay holds only {self.capacity} steps of each environment")
         try:
@@ -386,7 +387,8 @@ class Replay:
         return to_tensors(data, device)
 
     def state_dict(self):
-        return dict(capacity=self.capacity, count=self.count, episodes=self.episodes.tolist())
+        episodes = self.episodes.tolist()
+        return dict(capacity=self.capacity, sizes=self.sizes, count=self.count, episodes=episodes)
 
 
 def to_tensors(values, device):
@@ -1220,7 +1222,7 @@ def train(args):
         # Learn: `pretrain` updates after the prefill, one at the next step, then one every `train_every` steps
         while frame >= due:
             budget, due = budget + 1, due + args.train_every * args.action_repeat
-        while budget >= 1 and not stop:
+        while budget >= 1 and len(replay) and not stop:
             data = batch or replay.sample(args.batch_size, rng, device)
             metrics = update(data)
             updates, budget = updates + 1, budget - 1
@@ -1229,6 +1231,7 @@ def train(args):
             values = torch.stack(list(metrics.values())).cpu().numpy()
             if not np.isfinite(values).all():
                 bad = [key for key, value in zip(metrics, values, strict=True) if not np.isfinite(value)]
+                bar.close()
                 envs.close()
                 sys.exit(f"not finite in update {updates}, frame {frame}: {bad}; the last checkpoint is kept")
             totals = totals + values

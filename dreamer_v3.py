@@ -339,10 +339,11 @@ class Replay:
         sizes = {key: math.prod(shape) * np.dtype(dtype).itemsize * num_envs for key, (shape, dtype) in layout.items()}
         held = {key: os.path.getsize(f"{folder}/{key}") for key in layout if os.path.exists(f"{folder}/{key}")}
         if saved:
-            if held != {key: saved["capacity"] * size for key, size in sizes.items()}:
+            if saved["sizes"] != sizes or any(held.get(k, 0) < saved["capacity"] * sizes[k] for k in sizes):
                 sys.exit(f"{folder} is not whole, or not of these observations, environments and sizes: {list(layout)}")
             self.count, self.fresh = saved["count"], saved["fresh"]
             self.capacity = max(capacity, saved["capacity"]) if self.count <= saved["capacity"] else saved["capacity"]
+        self.sizes = sizes
         if self.capacity < length + 1:
             sys.exit(f"--batch-length {length}: the replay holds only {self.capacity} steps of each environment")
         try:
@@ -363,6 +364,8 @@ class Replay:
         for key, array in self.arrays.items():
             array[self.count % self.capacity] = step[key]
         self.count += 1
+        if self.count >= self.capacity:  # what is overwritten next begins anew, also after a kill
+            self.arrays["is_first"][self.count % self.capacity] = True
         # each stretch of length + 1 steps is trained on once soon after it came: the online queue
         if self.count > 1 and (self.count - 1) % (self.length + 1) == 0:
             self.fresh += [[self.count - self.length - 1, env] for env in range(self.num_envs)]
@@ -398,7 +401,7 @@ class Replay:
             self.arrays[key][index] = value.cpu()
 
     def state_dict(self):
-        return dict(capacity=self.capacity, count=self.count, fresh=self.fresh)
+        return dict(capacity=self.capacity, sizes=self.sizes, count=self.count, fresh=self.fresh)
 
 
 def to_tensors(values, device):
@@ -1253,6 +1256,7 @@ def train(args):
                 values = torch.stack(list(metrics.values())).cpu().numpy()
                 if not np.isfinite(values).all():
                     bad = [key for key, value in zip(metrics, values, strict=True) if not np.isfinite(value)]
+                    bar.close()
                     envs.close()
                     sys.exit(f"not finite in update {updates}, frame {frame}: {bad}; the last checkpoint is kept")
                 replay.write(index, latents)
