@@ -16,7 +16,7 @@ What changed since dreamer_v2.py:
       BlockLinear, RMSNorm, MLP, Output, RSSM, initialise, deter, hidden, units, stoch, classes, blocks.
  [C3] 1 % of every latent's probability is uniform; no Gaussian latents: unimix, kl_divergence, RSSM.
  [C4] KL split in a dynamics and a representation loss, each with a free nat per step: free_nats, dyn_scale, rep_scale.
- [C5] Max-pooling and upsampling between convolutions, a block-wise first map: Conv, UpsampleConv, depth, decoder_blocks.
+ [C5] Max-pooling and upsampling between convolutions, block-wise first map: Conv, UpsampleConv, depth, decoder_blocks.
  [C6] REINFORCE for all actions, returns scaled by their 5th to 95th percentile, bounded normal, evaluation samples:
       Actor, Behaviour.scale, return_rate, entropy_scale, Agent.act, evaluate.
  [C7] Returns from the online critic, which learns on replay too; the slow one regularises it: Behaviour.loss,
@@ -37,10 +37,7 @@ K classes of each, E embed, F = D + S*K feat, G blocks, X bins, L = T - 1, P = H
 
 import ast
 import ctypes
-import dataclasses
 import importlib.util
-import io
-import itertools
 import json
 import math
 import multiprocessing
@@ -51,12 +48,14 @@ import signal
 import sys
 import time
 from ctypes.util import find_library
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from datetime import timedelta
+from pathlib import Path
 from typing import Literal
 
 import cv2
 import gymnasium as gym
+import imageio.v3 as iio
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -163,12 +162,10 @@ def parse_args(argv=None):
     given, run = PRESETS.get(suite, {}), args.resume or args.evaluate
     given = given | PRESETS.get(f"{suite}-{args.obs or given.get('obs')}", {})
     if run:
-        if not os.path.exists(f"{run}/args.json"):
-            sys.exit(f"{run} is no run directory: it has no args.json")
-        with open(f"{run}/args.json") as file:
-            given = json.load(file) | dict(resume=None, evaluate=None)
-        if given.pop("script") != SCRIPT:
-            sys.exit(f"{run} is a run of another script than {SCRIPT}.py")
+        path = Path(run, "args.json")
+        given = json.loads(path.read_text() if path.exists() else "{}") | dict(resume=None, evaluate=None)
+        if given.pop("script", None) != SCRIPT:
+            sys.exit(f"{run} is no run of {SCRIPT}.py")
     args = tyro.cli(Args, args=argv, default=Args(**given), description=text)
     for name, value in SIZES[args.size].items():
         if getattr(args, name) is None:
@@ -199,43 +196,39 @@ def is_image(space):
     return picture and space.dtype == np.uint8
 
 
-class DictObservation(gym.Wrapper):
-    """A dict of any observations -> a dict of images, uint8 (size, size, C), and of vectors, float32 (n,)."""
+class DictObservation(gym.ObservationWrapper):
+    """A dict of any observations -> images, uint8 (size, size, C), and vectors, float32 (n,); leaves out all infos."""
 
     def __init__(self, env, obs, size):
         super().__init__(env)
         self.parts, spaces = {}, {}
         for key, part in env.observation_space.items():
-            name = re.sub(r"\W", "_", key)
-            while name in (*RESERVED, *self.parts):
-                name += "_"
+            name = key.replace("/", "|") + "_" * (key in RESERVED)  # of the replay's file
             self.parts[name] = key, part
-            if is_image(part) and obs != "state":
-                channels = min(part.shape) if len(part.shape) == 3 else 1
-                spaces[name] = gym.spaces.Box(0, 255, (size, size, channels), np.uint8)
-            elif isinstance(part, VECTORS) and not is_image(part) and obs != "pixels":
-                spaces[name] = gym.spaces.Box(-np.inf, np.inf, gym.spaces.flatten_space(part).shape)
-            elif not isinstance(part, VECTORS):
+            if not isinstance(part, VECTORS):
                 gym.logger.warn(f"the observation {key!r} is left out, it is no image and no vector: {part}")
+            elif is_image(part) and obs != "state":
+                spaces[name] = gym.spaces.Box(0, 255, (size, size, min((*part.shape, 1)[:3])), np.uint8)
+            elif not is_image(part) and obs != "pixels":
+                spaces[name] = gym.spaces.Box(-np.inf, np.inf, (gym.spaces.flatdim(part),))
         if not spaces:
             sys.exit(f"--obs {obs}: the environment observes only {env.observation_space}")
         self.observation_space = gym.spaces.Dict(spaces)
 
     def reset(self, **kwargs):
-        return self.observation(self.env.reset(**kwargs)[0]), {}
+        return super().reset(**kwargs)[0], {}
 
     def step(self, action):
-        obs, reward, terminated, truncated, info = self.env.step(action)
-        logged = {key: info[key] for key in ("episode",) if key in info}
-        return self.observation(obs), reward, terminated, truncated, logged
+        return *super().step(action)[:4], {}
 
     def observation(self, obs):
         result = {}
         for name, space in self.observation_space.items():
             key, part = self.parts[name]
             if space.dtype == np.uint8:
-                image = np.moveaxis(obs[key], np.argmin(part.shape), -1) if len(part.shape) == 3 else obs[key]
-                image = cv2.resize(np.ascontiguousarray(image), space.shape[:2], interpolation=cv2.INTER_AREA)
+                shape = (*part.shape, 1)[:3]  # channels come first, last or not at all
+                image = np.ascontiguousarray(np.moveaxis(obs[key].reshape(shape), np.argmin(shape), -1))
+                image = cv2.resize(image, space.shape[:2], interpolation=cv2.INTER_AREA)
                 result[name] = image.reshape(space.shape)
             else:
                 result[name] = gym.spaces.flatten(part, obs[key]).astype(np.float32)
@@ -255,12 +248,9 @@ def make_env(args, video=None):
     options = dict(max_episode_steps=args.time_limit, disable_env_checker=True)
     if pixels or video:
         options["render_mode"] = "rgb_array"
-    for item in args.env_kwargs:
-        key, _, value = item.partition("=")
-        try:
-            options[key] = ast.literal_eval(value)
-        except (ValueError, SyntaxError):
-            options[key] = value
+    for key, value in (item.split("=", 1) for item in args.env_kwargs):
+        python = re.fullmatch(r"-?[\d.].*|[\[({'\"].*|True|False|None", value)
+        options[key] = ast.literal_eval(value) if python else value
     if suite == "dmc":
         import shimmy  # noqa: F401, registers the tasks
 
@@ -295,16 +285,15 @@ def make_env(args, video=None):
         env = gym.wrappers.RecordVideo(env, video, episode_trigger=lambda episode: episode == 0)
     if isinstance(action, gym.spaces.Discrete):
         env = gym.wrappers.TransformAction(env, lambda index: index + action.start, gym.spaces.Discrete(action.n))
-    elif isinstance(action, gym.spaces.Box) and action.dtype.kind == "f":  # a missing bound is 2 from the other, or ±1
-        has_low, has_high = np.abs(action.low) < 1e30, np.abs(action.high) < 1e30
-        low = np.where(has_low, action.low, np.where(has_high, action.high - 2, -1))
-        high = np.where(has_high, action.high, low + 2)
-        scale = lambda x: low + (x.reshape(low.shape) + 1) / 2 * (high - low)  # noqa: E731
-        scaled = lambda x: np.clip(scale(x), low, high).astype(action.dtype)  # noqa: E731
-        env = gym.wrappers.TransformAction(env, scaled, gym.spaces.Box(-1, 1, (low.size,)))
+    elif isinstance(action, gym.spaces.Box) and action.dtype.kind == "f":  # a missing bound is ±1, or 2 from the other
+        low = np.where(np.abs(action.low) < 1e30, action.low, np.minimum(-1, action.high - 2))
+        high = np.where(np.abs(action.high) < 1e30, action.high, np.maximum(1, action.low + 2))
+        middle, half = (high + low) / 2, (high - low) / 2
+        scale = lambda x: np.clip(middle + half * x.reshape(low.shape), low, high).astype(action.dtype)  # noqa: E731
+        env = gym.wrappers.TransformAction(env, scale, gym.spaces.Box(-1, 1, (low.size,)))
     else:
         sys.exit(f"the action space {action} is neither Discrete nor a Box of floats")
-    return DictObservation(gym.wrappers.RecordEpisodeStatistics(env), args.obs, size)
+    return gym.wrappers.RecordEpisodeStatistics(DictObservation(env, args.obs, size))
 
 
 def make_envs(args, count, video=None):
@@ -385,14 +374,12 @@ class Replay:
         """
         first, last = self.oldest(), self.count - self.length
         fresh, self.fresh = [x for x in self.fresh[:batch_size] if first <= x[0] < last], self.fresh[batch_size:]
-        steps = rng.integers(first, last, batch_size - len(fresh))
-        drawn = np.stack([steps, rng.integers(self.num_envs, size=len(steps))], 1)
-        starts = np.concatenate([np.array(fresh, int).reshape(-1, 2), drawn])
+        drawn = rng.integers((first, 0), (last, self.num_envs), (batch_size - len(fresh), 2)).tolist()
+        starts = np.array(fresh + drawn)  # the step before a sequence, its environment
         rows, env = (starts[:, :1] + np.arange(self.length + 1)) % self.capacity, starts[:, 1:]
-        index = rows[:, 1:], env
-        data = {key: array[index] for key, array in self.arrays.items() if key not in LATENTS}
+        index, before = (rows[:, 1:], env), (rows[:, 0], env[:, 0])
+        data = {key: array[before if key in LATENTS else index] for key, array in self.arrays.items()}
         data["is_last"][:, :-1] |= data["is_first"][:, 1:]  # an episode that was left
-        data |= {key: self.arrays[key][rows[:, 0], env[:, 0]] for key in LATENTS}
         return to_tensors(data, device), index
 
     def write(self, index, latents):
@@ -503,9 +490,8 @@ def lambda_return(reward, cont, last, value, bootstrap, lmbda):
 def initialise(module):
     """Weights from a truncated normal with standard deviation scale / sqrt(fan_in), biases zero."""
     if isinstance(module, (nn.Linear, nn.Conv2d, BlockLinear)):
-        blocks = isinstance(module, BlockLinear)  # which see the whole input
-        fan_in = module.weight[..., 0].numel() if blocks else module.weight[0].numel()
-        std = 1.1368 * getattr(module, "scale", 1.0) / math.sqrt(fan_in)
+        output = (..., 0) if isinstance(module, BlockLinear) else 0  # blocks count the whole input
+        std = 1.1368 * getattr(module, "scale", 1.0) / math.sqrt(module.weight[output].numel())
         nn.init.trunc_normal_(module.weight, 0.0, std, -2 * std, 2 * std) if std else nn.init.zeros_(module.weight)
         nn.init.zeros_(module.bias)
 
@@ -576,8 +562,8 @@ class MLP(nn.Sequential):
     """`count` times Linear, RMSNorm and SiLU and, if `out` is given, an output: (..., inp) -> (..., units or out)."""
 
     def __init__(self, inp, units, count, out=None, scale=1.0):
-        sizes = [inp] + [units] * count
-        super().__init__(*[nn.Sequential(nn.Linear(*x), RMSNorm(units), nn.SiLU()) for x in itertools.pairwise(sizes)])
+        sizes = [inp] + [units] * (count - 1)
+        super().__init__(*[nn.Sequential(nn.Linear(size, units), RMSNorm(units), nn.SiLU()) for size in sizes])
         if out:
             self.append(Output(units, out, scale))
 
@@ -589,15 +575,14 @@ class Encoder(nn.Module):
         super().__init__()
         self.vectors = [key for key in sorted(spaces) if spaces[key].dtype != np.uint8]
         self.images = [key for key in sorted(spaces) if spaces[key].dtype == np.uint8]
-        self.embed_dim = 0
+        size = args.image_size // 16  # of the last map
+        self.embed_dim = bool(self.vectors) * args.units + bool(self.images) * size**2 * 4 * args.depth
         if self.vectors:
             self.layers = MLP(sum(spaces[key].shape[0] for key in self.vectors), args.units, 3)
-            self.embed_dim += args.units
         if self.images:
             depths = [sum(spaces[key].shape[-1] for key in self.images)] + [args.depth * m for m in (2, 3, 4, 4)]
             self.convs = nn.ModuleList(map(Conv, depths[:-1], depths[1:]))
             self.norms = nn.ModuleList(map(RMSNorm, depths[1:]))
-            self.embed_dim += (args.image_size // 16) ** 2 * depths[-1]
 
     def forward(self, obs):
         embed = []
@@ -626,7 +611,6 @@ class Decoder(nn.Module):
             self.heads = nn.ModuleList(Output(args.units, spaces[key].shape[0]) for key in self.vectors)
         if self.images:
             self.side, depth = args.image_size // 16, args.depth * 4
-            self.share = depth // args.decoder_blocks
             size = self.side**2 * depth
             self.deter_map = BlockLinear(args.deter, size, args.decoder_blocks)
             self.stoch_map = MLP(stoch_dim, 2 * args.units, 1, size)
@@ -645,9 +629,8 @@ class Decoder(nn.Module):
         if self.images:
             deter, stoch = feat.flatten(0, 1).tensor_split([self.deter], -1)
             # a block of deter makes all places of its share of the channels
-            x = self.deter_map(deter).unflatten(-1, (-1, self.side, self.side, self.share))
-            x = x.permute(0, 2, 3, 1, 4).flatten(-2)
-            x = x + self.stoch_map(stoch).unflatten(-1, (self.side, self.side, -1))
+            x = self.deter_map(deter).unflatten(-1, (len(self.deter_map.weight), self.side, self.side, -1))
+            x = x.movedim(1, 3).flatten(3) + self.stoch_map(stoch).unflatten(-1, (self.side, self.side, -1))
             x = F.silu(self.norm(x))
             for conv, norm in zip(self.convs, self.norms, strict=True):
                 x = F.silu(norm(conv(x)))
@@ -885,9 +868,8 @@ class Behaviour(nn.Module):
     def scale(self, returns):
         """What returns are divided by: max(1, range from the 5th to the 95th percentile), Eq. 7; updates the range."""
         if dist.is_initialized():  # the returns of all processes
-            parts = [torch.empty_like(returns) for _ in range(dist.get_world_size())]
-            dist.all_gather(parts, returns)
-            returns = torch.cat(parts)
+            mine, returns = returns, returns.repeat(dist.get_world_size(), 1)
+            dist.all_gather_into_tensor(returns, mine.contiguous())
         self.return_range.lerp_(torch.quantile(returns, self.percentiles), self.args.return_rate)
         return (self.return_range[1] - self.return_range[0]).clamp(min=1)
 
@@ -987,8 +969,7 @@ class Agent(nn.Module):
             losses, deter, stoch, feat, stats = self.world_model.loss(data, self.start(data))
             more, more_stats = self.behaviour.loss(self.world_model, data, deter, stoch, feat)
         losses = {name: loss.mean() for name, loss in (losses | more).items()}
-        scales = {"dyn_loss": args.dyn_scale, "rep_loss": args.rep_scale}
-        scales["replay_critic_loss"] = args.replay_critic_scale
+        scales = dict(dyn_loss=args.dyn_scale, rep_loss=args.rep_scale, replay_critic_loss=args.replay_critic_scale)
         total = sum(scales.get(name, 1.0) * loss for name, loss in losses.items())
         latents = {"deter": deter.detach(), "stoch": stoch.detach().argmax(-1).to(torch.int16)}
         return losses, total, latents, stats | more_stats
@@ -1167,23 +1148,20 @@ def evaluate(agent, args, seed, video=None, stop=()):
     """Returns of `eval_episodes` episodes, one in each of as many environments; `video`: folder for an mp4 of one."""
     envs = make_envs(args, args.eval_episodes, video)
     obs, _ = envs.reset(seed=np.random.SeedSequence(seed).generate_state(envs.num_envs).tolist())
-    carry, first = agent.initial(envs.num_envs), np.ones(envs.num_envs, bool)
-    returns, running = np.zeros(envs.num_envs), np.ones(envs.num_envs, bool)
+    carry, returns, running = agent.initial(envs.num_envs), np.zeros(envs.num_envs), np.ones(envs.num_envs, bool)
     while running.any() and not stop:
-        carry = agent.act(to_tensors(obs | {"is_first": first}, agent.device), carry)
+        carry = agent.act(to_tensors(obs | {"is_first": ~running}, agent.device), carry)
         obs, reward, terminated, truncated, _ = envs.step(agent.env_action(carry[2]))
         returns += np.where(running, reward, 0)
         running &= ~(terminated | truncated)
-        first = np.zeros_like(first)
     envs.close()
     return returns
 
 
 def log_video(writer, key, frames, step):
     """(T, H, W, 3), which TensorBoard shows as an animated GIF."""
-    file, images = io.BytesIO(), [Image.fromarray(frame) for frame in frames]
-    images[0].save(file, "GIF", save_all=True, append_images=images[1:], duration=66, loop=0)
-    image = Summary.Image(height=frames.shape[1], width=frames.shape[2], encoded_image_string=file.getvalue())
+    gif = iio.imwrite("<bytes>", frames, extension=".gif", duration=66, loop=0)
+    image = Summary.Image(height=frames.shape[1], width=frames.shape[2], encoded_image_string=gif)
     writer.file_writer.add_summary(Summary(value=[Summary.Value(tag=key, image=image)]), step)
 
 
@@ -1201,8 +1179,7 @@ def train(args):
     steps = envs.num_envs, min(args.replay_size, records) // args.num_envs, args.batch_length
     replay = Replay(f"{run}/replay/{rank}", agent.layout(), *steps, saved.get("replay"))
     if rank == 0:
-        with open(f"{run}/args.tmp", "w") as file:
-            json.dump(dataclasses.asdict(args) | {"script": SCRIPT}, file, indent=1)
+        Path(f"{run}/args.tmp").write_text(json.dumps(asdict(args) | {"script": SCRIPT}, indent=1))
         os.replace(f"{run}/args.tmp", f"{run}/args.json")
         if args.track:
             import wandb
@@ -1313,6 +1290,7 @@ def train(args):
     envs.close()
     bar.close()
     if rank == 0:
+        writer.close()
         print(f"{'stopped' if stop else 'done'} at frame {frame} and saved: --resume {run}")
     if stop:
         sys.exit(128 + stop[0])

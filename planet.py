@@ -25,9 +25,7 @@ J candidates, M = N*J, K elites, H planning horizon. Arrays are (B, T, ...).
 
 import ast
 import ctypes
-import dataclasses
 import importlib.util
-import io
 import itertools
 import json
 import math
@@ -39,16 +37,17 @@ import signal
 import sys
 import time
 from ctypes.util import find_library
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Literal
 
 import cv2
 import gymnasium as gym
+import imageio.v3 as iio
 import numpy as np
 import torch
 import torch.nn.functional as F
 import tyro
-from PIL import Image
 from torch import nn
 from torch.utils._pytree import tree_map
 from torch.utils.tensorboard import SummaryWriter
@@ -141,12 +140,10 @@ def parse_args(argv=None):
     given, run = PRESETS.get(suite, {}), args.resume or args.evaluate
     given = given | PRESETS.get(args.env_id.replace("ball_in_", ""), {})
     if run:
-        if not os.path.exists(f"{run}/args.json"):
-            sys.exit(f"{run} is no run directory: it has no args.json")
-        with open(f"{run}/args.json") as file:
-            given = json.load(file) | dict(resume=None, evaluate=None)
-        if given.pop("script") != SCRIPT:
-            sys.exit(f"{run} is a run of another script than {SCRIPT}.py")
+        path = Path(run, "args.json")
+        given = json.loads(path.read_text() if path.exists() else "{}") | dict(resume=None, evaluate=None)
+        if given.pop("script", None) != SCRIPT:
+            sys.exit(f"{run} is no run of {SCRIPT}.py")
     args = tyro.cli(Args, args=argv, default=Args(**given), description=text)
     for name, value in vars(args).items():
         least = 0 if isinstance(value, float) or name in ("seed", "eval_every", "overshooting_distance") else 1
@@ -177,43 +174,39 @@ def is_image(space):
     return picture and space.dtype == np.uint8
 
 
-class DictObservation(gym.Wrapper):
-    """A dict of any observations -> a dict of images, uint8 (size, size, C), and of vectors, float32 (n,)."""
+class DictObservation(gym.ObservationWrapper):
+    """A dict of any observations -> images, uint8 (size, size, C), and vectors, float32 (n,); leaves out all infos."""
 
     def __init__(self, env, obs, size):
         super().__init__(env)
         self.parts, spaces = {}, {}
         for key, part in env.observation_space.items():
-            name = re.sub(r"\W", "_", key)
-            while name in (*RESERVED, *self.parts):
-                name += "_"
+            name = key.replace("/", "|") + "_" * (key in RESERVED)  # of the replay's file
             self.parts[name] = key, part
-            if is_image(part) and obs != "state":
-                channels = min(part.shape) if len(part.shape) == 3 else 1
-                spaces[name] = gym.spaces.Box(0, 255, (size, size, channels), np.uint8)
-            elif isinstance(part, VECTORS) and not is_image(part) and obs != "pixels":
-                spaces[name] = gym.spaces.Box(-np.inf, np.inf, gym.spaces.flatten_space(part).shape)
-            elif not isinstance(part, VECTORS):
+            if not isinstance(part, VECTORS):
                 gym.logger.warn(f"the observation {key!r} is left out, it is no image and no vector: {part}")
+            elif is_image(part) and obs != "state":
+                spaces[name] = gym.spaces.Box(0, 255, (size, size, min((*part.shape, 1)[:3])), np.uint8)
+            elif not is_image(part) and obs != "pixels":
+                spaces[name] = gym.spaces.Box(-np.inf, np.inf, (gym.spaces.flatdim(part),))
         if not spaces:
             sys.exit(f"--obs {obs}: the environment observes only {env.observation_space}")
         self.observation_space = gym.spaces.Dict(spaces)
 
     def reset(self, **kwargs):
-        return self.observation(self.env.reset(**kwargs)[0]), {}
+        return super().reset(**kwargs)[0], {}
 
     def step(self, action):
-        obs, reward, terminated, truncated, info = self.env.step(action)
-        logged = {key: info[key] for key in ("episode",) if key in info}
-        return self.observation(obs), reward, terminated, truncated, logged
+        return *super().step(action)[:4], {}
 
     def observation(self, obs):
         result = {}
         for name, space in self.observation_space.items():
             key, part = self.parts[name]
             if space.dtype == np.uint8:
-                image = np.moveaxis(obs[key], np.argmin(part.shape), -1) if len(part.shape) == 3 else obs[key]
-                image = cv2.resize(np.ascontiguousarray(image), space.shape[:2], interpolation=cv2.INTER_AREA)
+                shape = (*part.shape, 1)[:3]  # channels come first, last or not at all
+                image = np.ascontiguousarray(np.moveaxis(obs[key].reshape(shape), np.argmin(shape), -1))
+                image = cv2.resize(image, space.shape[:2], interpolation=cv2.INTER_AREA)
                 result[name] = image.reshape(space.shape)
             else:
                 result[name] = gym.spaces.flatten(part, obs[key]).astype(np.float32)
@@ -233,12 +226,9 @@ def make_env(args, video=None):
     options = dict(max_episode_steps=args.time_limit, disable_env_checker=True)
     if pixels or video:
         options["render_mode"] = "rgb_array"
-    for item in args.env_kwargs:
-        key, _, value = item.partition("=")
-        try:
-            options[key] = ast.literal_eval(value)
-        except (ValueError, SyntaxError):
-            options[key] = value
+    for key, value in (item.split("=", 1) for item in args.env_kwargs):
+        python = re.fullmatch(r"-?[\d.].*|[\[({'\"].*|True|False|None", value)
+        options[key] = ast.literal_eval(value) if python else value
     if suite == "dmc":
         import shimmy  # noqa: F401, registers the tasks
 
@@ -269,16 +259,15 @@ def make_env(args, video=None):
         env = gym.wrappers.RecordVideo(env, video, episode_trigger=lambda episode: episode == 0)
     if isinstance(action, gym.spaces.Discrete):
         env = gym.wrappers.TransformAction(env, lambda index: index + action.start, gym.spaces.Discrete(action.n))
-    elif isinstance(action, gym.spaces.Box) and action.dtype.kind == "f":  # a missing bound is 2 from the other, or ±1
-        has_low, has_high = np.abs(action.low) < 1e30, np.abs(action.high) < 1e30
-        low = np.where(has_low, action.low, np.where(has_high, action.high - 2, -1))
-        high = np.where(has_high, action.high, low + 2)
-        scale = lambda x: low + (x.reshape(low.shape) + 1) / 2 * (high - low)  # noqa: E731
-        scaled = lambda x: np.clip(scale(x), low, high).astype(action.dtype)  # noqa: E731
-        env = gym.wrappers.TransformAction(env, scaled, gym.spaces.Box(-1, 1, (low.size,)))
+    elif isinstance(action, gym.spaces.Box) and action.dtype.kind == "f":  # a missing bound is ±1, or 2 from the other
+        low = np.where(np.abs(action.low) < 1e30, action.low, np.minimum(-1, action.high - 2))
+        high = np.where(np.abs(action.high) < 1e30, action.high, np.maximum(1, action.low + 2))
+        middle, half = (high + low) / 2, (high - low) / 2
+        scale = lambda x: np.clip(middle + half * x.reshape(low.shape), low, high).astype(action.dtype)  # noqa: E731
+        env = gym.wrappers.TransformAction(env, scale, gym.spaces.Box(-1, 1, (low.size,)))
     else:
         sys.exit(f"the action space {action} is neither Discrete nor a Box of floats")
-    return DictObservation(gym.wrappers.RecordEpisodeStatistics(env), args.obs, size)
+    return gym.wrappers.RecordEpisodeStatistics(DictObservation(env, args.obs, size))
 
 
 def make_envs(args, count, video=None):
@@ -532,7 +521,7 @@ class RSSM(nn.Module):
     def __init__(self, args, embed_dim, action_dim):
         super().__init__()
         self.recurrent = args.dynamics != "ssm"
-        self.args = args = args if self.recurrent else dataclasses.replace(args, deter=2 * args.stoch)
+        self.args = args = args if self.recurrent else Args(**vars(args) | {"deter": 2 * args.stoch})
         self.inputs = MLP(args.stoch + action_dim, args.hidden, 1, activation=args.activation)
         if self.recurrent:
             self.gates = nn.Linear(args.hidden + args.deter, 2 * args.deter)
@@ -991,23 +980,20 @@ def evaluate(agent, args, seed, video=None, stop=()):
     """Returns of `eval_episodes` episodes, one in each of as many environments; `video`: folder for an mp4 of one."""
     envs = make_envs(args, args.eval_episodes, video)
     obs, _ = envs.reset(seed=np.random.SeedSequence(seed).generate_state(envs.num_envs).tolist())
-    carry, first = agent.initial(envs.num_envs), np.ones(envs.num_envs, bool)
-    returns, running = np.zeros(envs.num_envs), np.ones(envs.num_envs, bool)
+    carry, returns, running = agent.initial(envs.num_envs), np.zeros(envs.num_envs), np.ones(envs.num_envs, bool)
     while running.any() and not stop:
-        carry = agent.act(to_tensors(obs | {"is_first": first}, agent.device), carry, training=False)
+        carry = agent.act(to_tensors(obs | {"is_first": ~running}, agent.device), carry, training=False)
         obs, reward, terminated, truncated, _ = envs.step(agent.env_action(carry[2]))
         returns += np.where(running, reward, 0)
         running &= ~(terminated | truncated)
-        first = np.zeros_like(first)
     envs.close()
     return returns
 
 
 def log_video(writer, key, frames, step):
     """(T, H, W, 3), which TensorBoard shows as an animated GIF."""
-    file, images = io.BytesIO(), [Image.fromarray(frame) for frame in frames]
-    images[0].save(file, "GIF", save_all=True, append_images=images[1:], duration=66, loop=0)
-    image = Summary.Image(height=frames.shape[1], width=frames.shape[2], encoded_image_string=file.getvalue())
+    gif = iio.imwrite("<bytes>", frames, extension=".gif", duration=66, loop=0)
+    image = Summary.Image(height=frames.shape[1], width=frames.shape[2], encoded_image_string=gif)
     writer.file_writer.add_summary(Summary(value=[Summary.Value(tag=key, image=image)]), step)
 
 
@@ -1031,8 +1017,7 @@ def train(args):
     records = int(1.02 * args.total_timesteps / args.action_repeat) + args.num_envs  # those of resets among them
     steps = envs.num_envs, min(args.replay_size, records) // args.num_envs, args.batch_length
     replay = Replay(f"{run}/replay", agent.layout(), *steps, saved.get("replay"))
-    with open(f"{run}/args.tmp", "w") as file:
-        json.dump(dataclasses.asdict(args) | {"script": SCRIPT}, file, indent=1)
+    Path(f"{run}/args.tmp").write_text(json.dumps(asdict(args) | {"script": SCRIPT}, indent=1))
     os.replace(f"{run}/args.tmp", f"{run}/args.json")
     if args.track:
         import wandb
@@ -1135,6 +1120,7 @@ def train(args):
     save()
     envs.close()
     bar.close()
+    writer.close()
     print(f"{'stopped' if stop else 'done'} at frame {frame} and saved: --resume {run}")
     if not updates:
         print(f"no update: fewer than {args.seed_episodes} episodes ended, or none of {args.batch_length} records")

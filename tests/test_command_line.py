@@ -110,7 +110,17 @@ def test_what_cannot_be_is_refused_in_one_line(ported, refused, flags, word, tmp
 @pytest.mark.slow
 def test_without_opengl(ported, tmp_path):
     patch = "import os\nos.environ.pop('MUJOCO_GL', None)\ns.find_library = lambda name: None"
-    flags = ["--env-id", "dmc-cartpole-swingup", "--num-envs", 1, "--total-timesteps", 60, *tiny(ported)]
+    flags = [
+        "--env-id",
+        "dmc-cartpole-swingup",
+        "--num-envs",
+        1,
+        "--action-repeat",
+        2,
+        "--total-timesteps",
+        60,
+        *tiny(ported),
+    ]
     for obs in ("pixels", "both"):
         result = run_script(ported, *flags, "--obs", obs, cwd=tmp_path, patch=patch, code=1, DISPLAY="")
         assert "OpenGL" in lines(result.stderr)[-1] and "Traceback" not in result.stderr

@@ -124,6 +124,7 @@ def test_the_page_in_a_browser(page, tmp_path):
     for flag in ("headless", "no-sandbox", "disable-gpu", f"user-data-dir={tmp_path}/browser"):
         options.add_argument(f"--{flag}")
     with webdriver.Chrome(options, webdriver.ChromeService(program)) as driver:
+
         def do(action, *what, says, lit=""):
             """A hand's action -> what the page says, once it has `says` in it and the button `lit` alone is lit."""
             getattr(webdriver.ActionChains(driver), action)(*what).perform()

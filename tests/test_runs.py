@@ -120,7 +120,10 @@ def batches(new_house, monkeypatch):
         TOY,
         ["--env-id", "CartPole-v1", "--num-envs", 3],
         pytest.param([*TWO_IMAGES, "--amp"], marks=slow),
-        pytest.param("--env-id dmc-cartpole-balance --num-envs 1 --obs state --time-limit 40".split(), marks=slow),
+        pytest.param(
+            "--env-id dmc-cartpole-balance --action-repeat 2 --num-envs 1 --obs state --time-limit 40".split(),
+            marks=slow,
+        ),
     ],
 )
 def test_two_resumes_of_one_run_are_the_same_to_the_bit(ported, flags, tmp_path):
