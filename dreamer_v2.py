@@ -1278,7 +1278,7 @@ def train(args):
     writer.close()
     print(f"{'stopped' if stop else 'done'} at frame {frame} and saved: --resume {run}")
     if not updates:
-        print(f"no update: fewer than {args.prefill} steps, or no episode of more than {args.batch_length} steps")
+        print(f"no update: fewer than {args.prefill} steps, or no episode of {args.batch_length} steps")
     if stop:
         sys.exit(128 + stop[0])
 

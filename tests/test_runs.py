@@ -275,7 +275,7 @@ def test_steps_that_came_after_the_last_save_are_lost(new_house, batches, tmp_pa
 
 
 @slow
-@pytest.mark.parametrize("number, group", [("INT", True), ("TERM", True), ("TERM", False), ("HUP", True)])
+@pytest.mark.parametrize("number, group", [("INT", True), ("TERM", True), ("TERM", False), ("HUP", False)])
 @pytest.mark.parametrize("flags", [[*TOY, "--num-envs", 2], TWO_IMAGES], ids=["state", "pixels"])
 def test_a_signal_saves_and_says_how_to_resume(new_house, flags, number, group, tmp_path):
     """To the process alone as `kill` sends it, or to the group with its environments as a terminal does."""
