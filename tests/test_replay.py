@@ -213,7 +213,7 @@ step = {{key: np.zeros((1, *shape), dtype) for key, (shape, dtype) in layout.ite
 step["image"] = np.random.default_rng(0).integers(0, 256, (1, 64, 64, 3), np.uint8)
 replay, rng = s.Replay(folder, layout, 1, frames, 64), np.random.default_rng(0)
 for t in range(frames):
-    step["is_first"][:] = t % 100 == 0
+    step["is_first"][:], step["is_last"][:] = t % 100 == 0, t % 100 == 99
     replay.add(step)
     if t > 900 and t % 100 == 0: replay.sample(16, rng, torch.device("cpu"))
     if t == 1000: before = resident()
