@@ -341,9 +341,10 @@ class Replay:
         if needed > free:
             sys.exit(f"{folder} needs {needed / 1e9:.1f} GB, {free / 1e9:.1f} are free: make room, lower --replay-size")
         self.arrays = {}
+        allocate = getattr(os, "posix_fallocate", lambda file, _, size: os.truncate(file, size))  # on macOS
         for key, (shape, dtype) in layout.items():
             with open(f"{folder}/{key}", "ab") as file:
-                os.posix_fallocate(file.fileno(), 0, self.capacity * sizes[key])
+                allocate(file.fileno(), 0, self.capacity * sizes[key])
             self.arrays[key] = np.memmap(f"{folder}/{key}", dtype, "r+", shape=(self.capacity, num_envs, *shape))
 
     def add(self, step):
@@ -1177,7 +1178,8 @@ def train(args):
     if args.track:
         import wandb
 
-        wandb.init(project=args.wandb_project_name, entity=args.wandb_entity, sync_tensorboard=True, name=run)
+        names = dict(project=args.wandb_project_name, entity=args.wandb_entity, name=os.path.basename(run))
+        wandb.init(**names, config=vars(args), sync_tensorboard=True)
     writer = SummaryWriter(run, purge_step=frame + 1)
     print(f"{run}: {sum(p.numel() for p in agent.trained):,} parameters, {device}")
 
