@@ -42,7 +42,6 @@ TINY = {
 PORTED = ("planet", "dreamer_v1", "dreamer_v2", "dreamer_v3")
 STAGED = ("worldmodels_v1",)  # trained in stages: not a loop of acting and updating, and no replay
 EVERY = [name for name in ALL if name in TINY and name not in PORTED]
-SCRIPTS = [name for name in EVERY if name not in STAGED]
 QUIET = "--eval-every 0 --log-every 20 --no-cuda --no-compile --no-amp"  # no evaluation, frequent rows of metrics
 
 
@@ -262,24 +261,6 @@ def refused(capsys):
         return line
 
     return call
-
-
-@pytest.fixture(params=SCRIPTS)
-def script(request):
-    """Each of the old scripts that act and update in one loop, as a module."""
-    return importlib.import_module(request.param)
-
-
-@pytest.fixture(params=sorted({*SCRIPTS[:1], *SCRIPTS[-1:]}))
-def trainer(request):
-    """The first and the last of them: between these, the training loop changes by a few lines a step."""
-    return importlib.import_module(request.param)
-
-
-@pytest.fixture
-def house():
-    """One of them, for code that is the same in all."""
-    return importlib.import_module(SCRIPTS[-1])
 
 
 @pytest.fixture(params=PORTED)
