@@ -130,6 +130,7 @@ def test_two_resumes_of_one_run_are_the_same_to_the_bit(ported, flags, tmp_path)
     first = train(ported, tmp_path, *flags)
     state, (frame, updates) = checkpoint(first), progress(first)
     runs = [tmp_path / name / "runs" / first.name for name in "ab"]
+    time.sleep(1.1)  # TensorBoard reads files in the order of their names, which hold the second, then the process
     for run in runs:
         shutil.copytree(first, run)
         go_on(ported, run, 100)
