@@ -35,9 +35,7 @@ Shapes: B batch, T time, H imagination horizon, N = B*T starts of imagination, A
 K classes of each, E embed, F = D + S*K feat, G blocks, X bins, L = T - 1, P = H + 1. Arrays are (B, T, ...).
 """
 
-import ast
 import ctypes
-import importlib.util
 import json
 import math
 import multiprocessing
@@ -47,9 +45,9 @@ import shutil
 import signal
 import sys
 import time
-from ctypes.util import find_library
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
+from itertools import pairwise
 from pathlib import Path
 from typing import Literal
 
@@ -63,6 +61,7 @@ import torch.nn.functional as F
 import tyro
 from PIL import Image
 from torch import nn
+from torch.distributions import Independent, Normal, OneHotCategorical
 from torch.utils._pytree import tree_map
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import Summary
@@ -94,7 +93,7 @@ class Args:
 
     # Environment
     env_id: str = "dmc-walker-walk"  # dmc-<domain>-<task>, atari-<game>, a Gymnasium id, or <module>:<id>
-    env_kwargs: list[str] = field(default_factory=list)  # name=value ..., what the environment's constructor is given
+    env_kwargs: dict[str, bool | int | float | str] = field(default_factory=dict)  # name value ..., for its constructor
     total_timesteps: int = 1_000_000  # environment frames to train for, those skipped by action repeat included
     num_envs: int = 1  # environments that are stepped together
     action_repeat: int = 1  # frames for which each action is held; rewards are summed
@@ -146,10 +145,7 @@ PRESETS = {  # by the first word of --env-id, then by that word and --obs
     "atari100k": dict(total_timesteps=400_000, action_repeat=4, train_ratio=256),
     "crafter": dict(train_ratio=512),
     "procgen": dict(total_timesteps=100_000_000, image_size=96, train_ratio=64, **LARGE),
-    "minecraft": dict(total_timesteps=100_000_000, **LARGE),
-    "dmlab": dict(total_timesteps=100_000_000, action_repeat=4, **LARGE),
     "bsuite": dict(total_timesteps=10_000_000, train_ratio=1024, **LARGE | dict(num_envs=1)),
-    "loconav": dict(total_timesteps=10_000_000, train_ratio=256, **LARGE),
 }
 SCRIPT = Args().exp_name
 
@@ -166,7 +162,8 @@ def parse_args(argv=None):
         given = json.loads(path.read_text() if path.exists() else "{}") | dict(resume=None, evaluate=None)
         if given.pop("script", None) != SCRIPT:
             sys.exit(f"{run} is no run of {SCRIPT}.py")
-    args = tyro.cli(Args, args=argv, default=Args(**given), description=text)
+    args = tyro.cli(Args, args=argv, default=Args(**given | dict(env_kwargs={})), description=text)
+    args.env_kwargs = args.env_kwargs or given.get("env_kwargs", {})  # as a default, tyro would make a flag of each
     for name, value in SIZES[args.size].items():
         if getattr(args, name) is None:
             setattr(args, name, value)
@@ -176,23 +173,20 @@ def parse_args(argv=None):
             sys.exit(f"--{name.replace('_', '-')} {value}: the least is {least}")
     if args.image_size % 16 or args.deter % args.blocks or args.deter % args.decoder_blocks or args.bins % 2 == 0:
         sys.exit("--image-size must be a multiple of 16, --deter of --blocks and --decoder-blocks, and --bins odd")
-    if args.track and not importlib.util.find_spec("wandb"):
-        sys.exit("--track needs Weights & Biases: pip install wandb")
     return args
 
 
 # === Environment ======================================================================================================
 
 FLAGS = ("is_first", "is_last", "is_terminal")
-RESERVED = (*FLAGS, "reward", "action", "deter", "stoch")  # what the replay holds besides observations
 VECTORS = tuple(getattr(gym.spaces, kind) for kind in "Box Discrete MultiBinary MultiDiscrete Tuple Dict".split())
 
 
 def is_image(space):
-    """Whether a space holds pictures: uint8 (H, W), (H, W, C) or (C, H, W), with sides of at least 16."""
+    """Whether a space holds pictures: bytes (H, W), (H, W, C) or (C, H, W), with sides of at least 16."""
     picture = isinstance(space, gym.spaces.Box) and len(space.shape) in (2, 3) and sorted(space.shape)[-2] >= 16
     if picture and len(space.shape) == 3 and space.dtype.kind == "f":
-        sys.exit(f"the environment observes images of floats, {space.shape}: let it return bytes (uint8)")
+        raise ValueError(f"images of floats are observed, {space.shape}: let the environment return bytes (uint8)")
     return picture and space.dtype == np.uint8
 
 
@@ -201,19 +195,19 @@ class DictObservation(gym.ObservationWrapper):
 
     def __init__(self, env, obs, size):
         super().__init__(env)
-        self.parts, spaces = {}, {}
+        self.keys, spaces = {}, {}
         for key, part in env.observation_space.items():
-            name = key.replace("/", "|") + "_" * (key in RESERVED)  # of the replay's file
-            self.parts[name] = key, part
+            name = key.replace("/", "|") + "_" * (key in ("reward", "action", "deter", "stoch", *FLAGS))  # of a file
+            self.keys[name] = key
             if not isinstance(part, VECTORS):
                 gym.logger.warn(f"the observation {key!r} is left out, it is no image and no vector: {part}")
             elif is_image(part) and obs != "state":
                 spaces[name] = gym.spaces.Box(0, 255, (size, size, min((*part.shape, 1)[:3])), np.uint8)
             elif not is_image(part) and obs != "pixels":
                 spaces[name] = gym.spaces.Box(-np.inf, np.inf, (gym.spaces.flatdim(part),))
-        if not spaces:
-            sys.exit(f"--obs {obs}: the environment observes only {env.observation_space}")
         self.observation_space = gym.spaces.Dict(spaces)
+        if not spaces:
+            raise ValueError(f"--obs {obs}, but what is observed is {env.observation_space}")
 
     def reset(self, **kwargs):
         return super().reset(**kwargs)[0], {}
@@ -224,14 +218,14 @@ class DictObservation(gym.ObservationWrapper):
     def observation(self, obs):
         result = {}
         for name, space in self.observation_space.items():
-            key, part = self.parts[name]
+            value, part = obs[self.keys[name]], self.env.observation_space[self.keys[name]]
             if space.dtype == np.uint8:
                 shape = (*part.shape, 1)[:3]  # channels come first, last or not at all
-                image = np.ascontiguousarray(np.moveaxis(obs[key].reshape(shape), np.argmin(shape), -1))
+                image = np.ascontiguousarray(np.moveaxis(value.reshape(shape), np.argmin(shape), -1))
                 image = cv2.resize(image, space.shape[:2], interpolation=cv2.INTER_AREA)
                 result[name] = image.reshape(space.shape)
             else:
-                result[name] = gym.spaces.flatten(part, obs[key]).astype(np.float32)
+                result[name] = gym.spaces.flatten(part, value).astype(np.float32)
         return result
 
 
@@ -239,26 +233,20 @@ def make_env(args, video=None):
     """One environment: observations are dicts, actions Discrete or in [-1, 1]; video: folder for its first episode."""
     if multiprocessing.parent_process():  # out of the group that Ctrl-C reaches: the main process acts on it
         os.setpgrp()
-    if "MUJOCO_GL" not in os.environ and sys.platform == "linux" and not os.environ.get("DISPLAY"):
-        egl = find_library("EGL") and (find_library("GL") or find_library("OpenGL"))  # MuJoCo asks when it is imported
-        os.environ["MUJOCO_GL"] = "egl" if egl else "osmesa" if find_library("OSMesa") else "disable"
+    if sys.platform == "linux" and not os.environ.get("DISPLAY"):
+        os.environ.setdefault("MUJOCO_GL", "egl")  # MuJoCo asks when it is imported
     os.environ.setdefault("LP_NUM_THREADS", "0")  # rendering in software: one core for each environment
     suite, _, task = args.env_id.partition("-")
     size, repeat, pixels = args.image_size, args.action_repeat, args.obs in ("pixels", "both")
-    options = dict(max_episode_steps=args.time_limit, disable_env_checker=True)
+    options = args.env_kwargs | dict(max_episode_steps=args.time_limit, disable_env_checker=True)
     if pixels or video:
         options["render_mode"] = "rgb_array"
-    for key, value in (item.split("=", 1) for item in args.env_kwargs):
-        python = re.fullmatch(r"-?[\d.].*|[\[({'\"].*|True|False|None", value)
-        options[key] = ast.literal_eval(value) if python else value
     if suite == "dmc":
         import shimmy  # noqa: F401, registers the tasks
 
         options["render_kwargs"] = dict(width=size, height=size, camera_id=2 if task.startswith("quadruped") else 0)
         env = gym.make(f"dm_control/{re.sub('^cup', 'ball_in_cup', task)}-v0", **options)
-        visual = env.unwrapped.physics.model.vis
-        visual.global_.offwidth = visual.global_.offheight = size
-        visual.quality.shadowsize = 1024  # not 2048: up to 49/255 off in 0.1 % of the pixels, a third faster
+        env.unwrapped.physics.model.vis.quality.shadowsize = 1024  # half: a third faster, 0.1 % of pixels differ
     elif suite in ("atari", "atari100k"):
         import ale_py  # noqa: F401, registers the games
 
@@ -285,14 +273,12 @@ def make_env(args, video=None):
         env = gym.wrappers.RecordVideo(env, video, episode_trigger=lambda episode: episode == 0)
     if isinstance(action, gym.spaces.Discrete):
         env = gym.wrappers.TransformAction(env, lambda index: index + action.start, gym.spaces.Discrete(action.n))
-    elif isinstance(action, gym.spaces.Box) and action.dtype.kind == "f":  # a missing bound is ±1, or 2 from the other
-        low = np.where(np.abs(action.low) < 1e30, action.low, np.minimum(-1, action.high - 2))
-        high = np.where(np.abs(action.high) < 1e30, action.high, np.maximum(1, action.low + 2))
-        middle, half = (high + low) / 2, (high - low) / 2
-        scale = lambda x: np.clip(middle + half * x.reshape(low.shape), low, high).astype(action.dtype)  # noqa: E731
+    elif isinstance(action, gym.spaces.Box) and action.dtype.kind == "f" and np.ptp([action.low, action.high]) < 1e30:
+        low, half = action.low, (action.high - action.low) / 2
+        scale = lambda x: np.clip(low + half * (1 + x.reshape(low.shape)), low, action.high)  # noqa: E731
         env = gym.wrappers.TransformAction(env, scale, gym.spaces.Box(-1, 1, (low.size,)))
     else:
-        sys.exit(f"the action space {action} is neither Discrete nor a Box of floats")
+        raise ValueError(f"actions are neither Discrete nor a Box of floats with bounds: {action}")
     return gym.wrappers.RecordEpisodeStatistics(DictObservation(env, args.obs, size))
 
 
@@ -318,31 +304,25 @@ LATENTS = ("deter", "stoch")  # what the agent stores with each step
 
 class Replay:
     """Ring of steps on disk, one stream for each environment: memory-mapped arrays (capacity, envs, ...) of full size.
-
     Step t holds observation t, the action that led to it, its reward, its flags and the agent's latents: `layout`, key
-    -> (shape, dtype). `saved`: state of a run that goes on. Exits if the disk is too small or the files do not fit.
-    """
+    -> (shape, dtype). `saved`: state of a run that goes on. Exits if the disk is too small or the files do not fit."""
 
     def __init__(self, folder, layout, num_envs, capacity, length, saved=None):
         self.num_envs, self.length, self.capacity, self.count, self.fresh = num_envs, length, capacity, 0, []
         sizes = {key: math.prod(shape) * np.dtype(dtype).itemsize * num_envs for key, (shape, dtype) in layout.items()}
         held = {key: os.path.getsize(f"{folder}/{key}") for key in layout if os.path.exists(f"{folder}/{key}")}
         if saved:
-            if saved["sizes"] != sizes or any(held.get(k, 0) < saved["capacity"] * sizes[k] for k in sizes):
+            if saved["sizes"] != sizes or any(held.get(key, 0) < saved["capacity"] * sizes[key] for key in sizes):
                 sys.exit(f"{folder} is not whole, or not of these observations, environments and sizes: {list(layout)}")
             self.count, self.fresh = saved["count"], saved["fresh"]
             self.capacity = max(capacity, saved["capacity"]) if self.count <= saved["capacity"] else saved["capacity"]
-        self.sizes = sizes
         if self.capacity < length + 1:
             sys.exit(f"--batch-length {length}: the replay holds only {self.capacity} steps of each environment")
-        try:
-            os.makedirs(folder, exist_ok=True)
-        except OSError as error:
-            sys.exit(f"--run-dir: {error}")
+        os.makedirs(folder, exist_ok=True)
         needed, free = self.capacity * sum(sizes.values()) - sum(held.values()), shutil.disk_usage(folder).free
         if needed > free:
             sys.exit(f"{folder} needs {needed / 1e9:.1f} GB, {free / 1e9:.1f} are free: make room, lower --replay-size")
-        self.arrays = {}
+        self.sizes, self.arrays = sizes, {}
         allocate = getattr(os, "posix_fallocate", lambda file, _, size: os.truncate(file, size))  # on macOS
         for key, (shape, dtype) in layout.items():
             with open(f"{folder}/{key}", "ab") as file:
@@ -360,20 +340,14 @@ class Replay:
         if self.count > 1 and (self.count - 1) % (self.length + 1) == 0:
             self.fresh += [[self.count - self.length - 1, env] for env in range(self.num_envs)]
 
-    def oldest(self):
-        """First step that has not been overwritten."""
-        return max(0, self.count - self.capacity)
-
     def __len__(self):
         """Number of sequences that can be sampled."""
-        return max(0, self.count - self.oldest() - self.length) * self.num_envs
+        return max(0, min(self.count, self.capacity) - self.length) * self.num_envs
 
     def sample(self, batch_size, rng, device):
         """Sequences, key -> tensor (B, T, ...), with the latents (B, ...) of the step before them; where they are.
-
-        Fresh sequences come first, then uniformly drawn ones, over the ends of episodes.
-        """
-        first, last = self.oldest(), self.count - self.length
+        Fresh sequences come first, then uniformly drawn ones, over the ends of episodes."""
+        first, last = max(0, self.count - self.capacity), self.count - self.length
         fresh, self.fresh = [x for x in self.fresh[:batch_size] if first <= x[0] < last], self.fresh[batch_size:]
         drawn = rng.integers((first, 0), (last, self.num_envs), (batch_size - len(fresh), 2)).tolist()
         starts = np.array(fresh + drawn)  # the step before a sequence, its environment
@@ -382,11 +356,6 @@ class Replay:
         data = {key: array[before if key in LATENTS else index] for key, array in self.arrays.items()}
         data["is_last"][:, :-1] |= data["is_first"][:, 1:]  # an episode that was left
         return to_tensors(data, device), index
-
-    def write(self, index, latents):
-        """Puts newer latents, key -> tensor (B, T, ...), in the place of those that `sample` returned."""
-        for key, value in latents.items():
-            self.arrays[key][index] = value.cpu()
 
     def state_dict(self):
         return dict(capacity=self.capacity, sizes=self.sizes, count=self.count, fresh=self.fresh)
@@ -421,9 +390,7 @@ def twohot_bins(bins, device=None):
 
 def twohot_mean(logit):
     """Expected value of symexp two-hot logits (..., X) -> (...); uniform logits give exactly 0; Eq. 10.
-
-    The bins reach 4.9e8: they are summed in symmetric pairs, or the mean would drown in rounding errors.
-    """
+    The bins reach 4.9e8: they are summed in symmetric pairs, or the mean would drown in rounding errors."""
     bins, half = twohot_bins(logit.shape[-1], logit.device), logit.shape[-1] // 2
     probs = logit.softmax(-1)
     return ((probs[..., half + 1 :] - probs[..., :half].flip(-1)) * bins[half + 1 :]).sum(-1)  # @ would be bfloat16
@@ -431,9 +398,7 @@ def twohot_mean(logit):
 
 def twohot_loss(logit, *targets):
     """Sum over the targets (...) of the cross entropy of logits (..., X) with the two-hot target; Eq. 11.
-
-    The two bins around the target share the weight by their distance to it, in the space of the target itself.
-    """
+    The two bins around the target share the weight by their distance to it, in the space of the target itself."""
     bins = twohot_bins(logit.shape[-1], logit.device)
     log_probs, loss = logit.log_softmax(-1), 0.0
     for target in targets:
@@ -443,12 +408,6 @@ def twohot_loss(logit, *targets):
         both = log_probs.gather(-1, torch.stack([above - 1, above], -1))
         loss = loss - (1 - weight) * both[..., 0] - weight * both[..., 1]
     return loss
-
-
-def unimix(logit, amount):
-    """Logits -> probabilities with a uniform share (p. 5). Written out: softmax over few classes is slow on a CPU."""
-    exp = (logit - logit.detach().amax(-1, keepdim=True)).exp()
-    return (1 - amount) * (exp / exp.sum(-1, keepdim=True)) + amount / logit.shape[-1]
 
 
 def sample_onehot(probs):
@@ -474,9 +433,7 @@ def kl_divergence(p, q):
 
 def lambda_return(reward, cont, last, value, bootstrap, lmbda):
     """λ-returns: (N, T) each -> (N, T - 1); Eq. 5 (arXiv:2301.04104v2), over episode ends as in the authors' code.
-
-    R_t = r_t+1 + c_t+1 · ((1 - λ_t+1) v_t+1 + λ_t+1 R_t+1), λ_t = λ (1 - last_t), R_T-1 = bootstrap.
-    """
+    R_t = r_t+1 + c_t+1 · ((1 - λ_t+1) v_t+1 + λ_t+1 R_t+1), λ_t = λ (1 - last_t), R_T-1 = bootstrap."""
     lmbda = lmbda * (1 - last)
     interim = reward + cont * (1 - lmbda) * value
     returns = [bootstrap]
@@ -523,31 +480,6 @@ class BlockLinear(nn.Module):
         return x.transpose(0, 1).flatten(1)
 
 
-class Conv(nn.Conv2d):
-    """5×5 convolution of images (B, H, W, C), same size."""
-
-    def __init__(self, inp, out):
-        super().__init__(inp, out, 5, padding=2)
-
-    def forward(self, x):
-        return super().forward(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-
-
-class UpsampleConv(Conv):
-    """Nearest upsampling to twice the size, then a 5×5 convolution, without the multiplications by equal values.
-
-    Of the five rows that an output row sees, an even one has the input rows -1 -1 0 0 1, an odd one -1 0 0 1 1: kernel
-    rows that meet the same input row are summed first, which leaves a 3×3 kernel for each of the four places.
-    """
-
-    def forward(self, x):
-        places = [(j, 1 - j, i, 1 - i) for i in (0, 1) for j in (0, 1)]  # where a sixth column and row of zeros are put
-        kernels = [4 * F.avg_pool2d(F.pad(self.weight, place), 2) for place in places]
-        weight = torch.stack(kernels, 1).flatten(0, 1)
-        x = F.conv2d(x.permute(0, 3, 1, 2), weight, self.bias.repeat_interleave(4), padding=1)
-        return F.pixel_shuffle(x, 2).permute(0, 2, 3, 1)
-
-
 class RMSNorm(nn.Module):
     """x / sqrt(mean(x²) + 1e-4) · scale over the last axis, in float32."""
 
@@ -559,14 +491,39 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x.float(), self.scale.shape, self.scale, 1e-4).to(x.dtype)
 
 
+class Conv(nn.Conv2d):
+    """5×5 convolution of images (B, H, W, C), then max-pooling to half their size."""
+
+    def __init__(self, inp, out):
+        super().__init__(inp, out, 5, padding=2)
+
+    def forward(self, x):
+        return F.max_pool2d(super().forward(x.permute(0, 3, 1, 2)), 2).permute(0, 2, 3, 1)
+
+
+class UpsampleConv(Conv):
+    """Nearest upsampling to twice the size, then a 5×5 convolution, without the multiplications by equal values.
+    Of the five rows that an output row sees, an even one has the input rows -1 -1 0 0 1, an odd one -1 0 0 1 1: kernel
+    rows that meet the same input row are summed first, which leaves a 3×3 kernel for each of the four places."""
+
+    def forward(self, x):
+        places = [(j, 1 - j, i, 1 - i) for i in (0, 1) for j in (0, 1)]  # where a sixth column and row of zeros are put
+        kernels = [4 * F.avg_pool2d(F.pad(self.weight, place), 2) for place in places]
+        weight = torch.stack(kernels, 1).flatten(0, 1)
+        x = F.conv2d(x.permute(0, 3, 1, 2), weight, self.bias.repeat_interleave(4), padding=1)
+        return F.pixel_shuffle(x, 2).permute(0, 2, 3, 1)
+
+
+def layers(kind, sizes):
+    """A layer of this kind, RMSNorm and SiLU from each size to the next."""
+    return [nn.Sequential(kind(inp, out), RMSNorm(out), nn.SiLU()) for inp, out in pairwise(sizes)]
+
+
 class MLP(nn.Sequential):
     """`count` times Linear, RMSNorm and SiLU and, if `out` is given, an output: (..., inp) -> (..., units or out)."""
 
     def __init__(self, inp, units, count, out=None, scale=1.0):
-        sizes = [inp] + [units] * (count - 1)
-        super().__init__(*[nn.Sequential(nn.Linear(size, units), RMSNorm(units), nn.SiLU()) for size in sizes])
-        if out:
-            self.append(Output(units, out, scale))
+        super().__init__(*layers(nn.Linear, [inp] + [units] * count), *([Output(units, out, scale)] if out else []))
 
 
 class Encoder(nn.Module):
@@ -582,8 +539,7 @@ class Encoder(nn.Module):
             self.layers = MLP(sum(spaces[key].shape[0] for key in self.vectors), args.units, 3)
         if self.images:
             depths = [sum(spaces[key].shape[-1] for key in self.images)] + [args.depth * m for m in (2, 3, 4, 4)]
-            self.convs = nn.ModuleList(map(Conv, depths[:-1], depths[1:]))
-            self.norms = nn.ModuleList(map(RMSNorm, depths[1:]))
+            self.convs = nn.Sequential(*layers(Conv, depths))
 
     def forward(self, obs):
         embed = []
@@ -591,11 +547,7 @@ class Encoder(nn.Module):
             embed.append(self.layers(symlog(torch.cat([obs[key] for key in self.vectors], -1))))
         if self.images:
             image = torch.cat([obs[key] for key in self.images], -1)
-            x = image.flatten(0, 1) / 255 - 0.5
-            for conv, norm in zip(self.convs, self.norms, strict=True):
-                x = F.max_pool2d(conv(x).permute(0, 3, 1, 2), 2).permute(0, 2, 3, 1)
-                x = F.silu(norm(x))
-            embed.append(x.reshape(*image.shape[:2], -1))
+            embed.append(self.convs(image.flatten(0, 1) / 255 - 0.5).reshape(*image.shape[:2], -1))
         return torch.cat(embed, -1)
 
 
@@ -615,12 +567,10 @@ class Decoder(nn.Module):
             size = self.side**2 * depth
             self.deter_map = BlockLinear(args.deter, size, args.decoder_blocks)
             self.stoch_map = MLP(stoch_dim, 2 * args.units, 1, size)
-            self.norm = RMSNorm(depth)
-            depths = [depth] + [args.depth * m for m in (4, 3, 2)]
-            self.convs = nn.ModuleList(map(UpsampleConv, depths[:-1], depths[1:]))
-            self.norms = nn.ModuleList(map(RMSNorm, depths[1:]))
             self.channels = [spaces[key].shape[-1] for key in self.images]
-            self.output = UpsampleConv(depths[-1], sum(self.channels))
+            convs = layers(UpsampleConv, [depth] + [args.depth * m for m in (4, 3, 2)])
+            output = UpsampleConv(2 * args.depth, sum(self.channels))
+            self.convs = nn.Sequential(RMSNorm(depth), nn.SiLU(), *convs, output)
 
     def forward(self, feat):
         means = {}
@@ -632,10 +582,7 @@ class Decoder(nn.Module):
             # a block of deter makes all places of its share of the channels
             x = self.deter_map(deter).unflatten(-1, (len(self.deter_map.weight), self.side, self.side, -1))
             x = x.movedim(1, 3).flatten(3) + self.stoch_map(stoch).unflatten(-1, (self.side, self.side, -1))
-            x = F.silu(self.norm(x))
-            for conv, norm in zip(self.convs, self.norms, strict=True):
-                x = F.silu(norm(conv(x)))
-            image = self.output(x).float().sigmoid().unflatten(0, feat.shape[:2])
+            image = self.convs(x).float().sigmoid().unflatten(0, feat.shape[:2])
             means |= zip(self.images, image.split(self.channels, -1), strict=True)
         return means
 
@@ -680,8 +627,10 @@ class RSSM(nn.Module):
         return update * cand + (1 - update) * deter
 
     def probs(self, logit):
-        """Logits (..., S*K) -> probabilities (..., S, K)."""
-        return unimix(logit.unflatten(-1, (self.args.stoch, self.args.classes)), self.args.unimix)
+        """Logits (..., S*K) -> probabilities (..., S, K) with a uniform share (p. 5)."""
+        logit = logit.unflatten(-1, (self.args.stoch, self.args.classes))
+        exp = (logit - logit.detach().amax(-1, keepdim=True)).exp()  # softmax over few classes is slow on a CPU
+        return (1 - self.args.unimix) * exp / exp.sum(-1, keepdim=True) + self.args.unimix / self.args.classes
 
     def prior(self, deter):
         """Probabilities of stoch before the observation: (..., D) -> (..., S, K)."""
@@ -701,10 +650,8 @@ class RSSM(nn.Module):
 
     def observe(self, embed, action, is_first, start):
         """Posterior states along a sequence, from a start state on.
-
         embed (B, T, E), action (B, T, A) that led to each step, is_first (B, T)
-        -> deter (B, T, D), stoch (B, T, S, K), post (B, T, S, K).
-        """
+        -> deter (B, T, D), stoch (B, T, S, K), post (B, T, S, K)."""
         mask = 1 - is_first.float().unsqueeze(-1)
         state, steps = start, []
         for inputs in zip(action.unbind(1), embed.unbind(1), mask.unbind(1), strict=True):
@@ -743,9 +690,7 @@ class WorldModel(nn.Module):
 
     def loss(self, data, start):
         """Eq. 2 and 3 (arXiv:2301.04104v2) -> losses (B, T) by name, deter, stoch, feat; stats.
-
-        data: observations (B, T, ...), action, reward, is_first, is_last, is_terminal.
-        """
+        data: observations (B, T, ...), action, reward, is_first, is_last, is_terminal."""
         embed = self.encoder(data)  # (B, T, E)
         deter, stoch, post = self.rssm.observe(embed, data["action"], data["is_first"], start)
         prior = self.rssm.prior(deter)  # (B, T, S, K)
@@ -792,27 +737,13 @@ class Actor(nn.Module):
         self.outputs = nn.ModuleList(Output(args.units, action_dim, 0.01) for _ in range(1 if discrete else 2))
 
     def forward(self, feat):
-        """(..., F) -> log-probabilities (..., A), or mean and standard deviation (..., A)."""
+        """(..., F) -> distribution of actions (..., A), one-hot or not clipped."""
         x = self.layers(feat)
         outputs = [output(x) for output in self.outputs]
         if self.discrete:
-            return (outputs[0].log_softmax(-1),)
-        return outputs[0].tanh(), 0.9 * torch.sigmoid(outputs[1] + 2) + 0.1
-
-    def sample(self, policy):
-        """-> action (..., A), one-hot or not clipped."""
-        return sample_onehot(policy[0].exp()) if self.discrete else torch.normal(*policy)
-
-    def log_prob(self, policy, action):
-        if self.discrete:
-            return (policy[0] * action).sum(-1)
-        mean, std = policy
-        return -(((action - mean) / std).square() / 2 + std.log() + math.log(2 * math.pi) / 2).sum(-1)
-
-    def entropy(self, policy):
-        if self.discrete:
-            return -(policy[0].exp() * policy[0]).sum(-1)
-        return (policy[1].log() + (1 + math.log(2 * math.pi)) / 2).sum(-1)
+            return OneHotCategorical(logits=outputs[0], validate_args=False)
+        std = 0.9 * torch.sigmoid(outputs[1] + 2) + 0.1
+        return Independent(Normal(outputs[0].tanh(), std, validate_args=False), 1)
 
 
 class Behaviour(nn.Module):
@@ -830,13 +761,11 @@ class Behaviour(nn.Module):
 
     def loss(self, world_model, data, deter, stoch, feat):
         """Eq. 5 to 7 (arXiv:2301.04104v2): losses of actor and critic by name, (N, H) and, on replay, (B, L); stats.
-
-        data as for the world model; deter (B, T, D), stoch (B, T, S, K), feat (B, T, F).
-        """
+        data as for the world model; deter (B, T, D), stoch (B, T, S, K), feat (B, T, F)."""
         args, actor = self.args, self.actor
         with torch.no_grad():
             start = deter.flatten(0, 1), stoch.flatten(0, 1)
-            policy = lambda feat, t: actor.sample(actor(feat))  # noqa: E731
+            policy = lambda feat, t: actor(feat).sample()  # noqa: E731
             imag_feat, imag_action = world_model.rssm.imagine(start, policy, args.imagination_horizon)
             reward = world_model.reward(imag_feat)  # (N, P)
             cont = world_model.cont(imag_feat)  # (N, P)
@@ -849,8 +778,7 @@ class Behaviour(nn.Module):
         scale = self.scale(returns)
         advantage = (returns - value[:, :-1]) / scale  # (N, H)
         policy = actor(imag_feat[:, :-1])
-        log_prob = actor.log_prob(policy, imag_action[:, :-1])  # (N, H)
-        entropy = actor.entropy(policy)  # (N, H)
+        log_prob, entropy = policy.log_prob(imag_action[:, :-1]), policy.entropy()  # (N, H)
         losses = {"actor_loss": -weight * (log_prob * advantage + args.entropy_scale * entropy)}
         losses["critic_loss"] = weight * twohot_loss(critic_logit[:, :-1], returns, slow_value[:, :-1])  # (N, H)
 
@@ -924,8 +852,8 @@ class Agent(nn.Module):
         self.trained = [p for p in self.parameters() if p.requires_grad]
         self.optimizer = LaProp(self.trained, args)
         if args.compile:
-            model, actor = self.world_model, self.behaviour.actor
-            for part, name in ((model.rssm, "obs_step"), (model.rssm, "img_step"), (actor, "forward")):
+            rssm, layers = self.world_model.rssm, self.behaviour.actor.layers
+            for part, name in ((rssm, "obs_step"), (rssm, "img_step"), (layers, "forward")):
                 setattr(part, name, torch.compile(getattr(part, name), dynamic=False))
         self.autocast = lambda: torch.autocast(self.device.type, torch.bfloat16, enabled=args.amp)
 
@@ -953,7 +881,7 @@ class Agent(nn.Module):
 
     def policy(self, deter, stoch):
         """A sample of the actor's action in a state: (num_envs, A)."""
-        return self.behaviour.actor.sample(self.behaviour.actor(feature(deter, stoch)))
+        return self.behaviour.actor(feature(deter, stoch)).sample()
 
     def env_action(self, action):
         """Actions (num_envs, A) -> what the environments take: (num_envs,) or (num_envs, A)."""
@@ -977,9 +905,7 @@ class Agent(nn.Module):
 
     def update(self, data):
         """One gradient step on a batch from the replay -> the new latents, metrics by key; never waits for the GPU.
-
-        data: observations (B, T, ...), action, reward, flags, and the latents before it: deter (B, D), stoch (B, S).
-        """
+        data: observations (B, T, ...), action, reward, flags, and the latents before it: deter (B, D), stoch (B, S)."""
         losses, total, latents, stats = self.loss(data)
         grads = torch.autograd.grad(total, self.trained)
         if dist.is_initialized():
@@ -994,26 +920,17 @@ class Agent(nn.Module):
 
 
 class Graph:
-    """A function of tensors as a CUDA graph: three calls run as they are, then it is captured once and replayed.
-
-    Outputs are overwritten by the next call. On a CPU it is the function itself.
-    """
+    """A function of tensors as a CUDA graph: three plain calls, which initialise and compile what they need, then it is
+    captured and from then on replayed. The next call overwrites the outputs. On a CPU it is the function itself."""
 
     def __init__(self, function, device):
-        self.function, self.device, self.calls = function, device, 0
+        self.function, self.plain, self.graph = function, 3 if device.type == "cuda" else math.inf, None
 
     def __call__(self, *inputs):
-        if self.device.type != "cuda":
+        if self.plain > 0:
+            self.plain -= 1
             return self.function(*inputs)
-        self.calls += 1
-        if self.calls <= 3:  # what is initialised or compiled at first use, on a side stream as capturing asks
-            stream = torch.cuda.Stream()
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):
-                outputs = self.function(*inputs)
-            torch.cuda.current_stream().wait_stream(stream)
-            return outputs
-        if self.calls == 4:
+        if not self.graph:
             self.inputs, self.graph = tree_map(torch.clone, inputs), torch.cuda.CUDAGraph()
             with torch.cuda.graph(self.graph):
                 self.outputs = self.function(*self.inputs)
@@ -1027,10 +944,8 @@ class Graph:
 
 class Dream(gym.Env):
     """The learned world model as a Gymnasium environment: it sees an episode's first observation, imagines the rest.
-
     info["real"] is what the real environment shows after the same actions, while its episode lasts. A dream ends where
-    the continue head says so, or is cut after `length` steps.
-    """
+    the continue head says so, or is cut after `length` steps."""
 
     metadata = {"render_modes": ["rgb_array"], "render_fps": 15}
     render_mode = "rgb_array"
@@ -1042,17 +957,16 @@ class Dream(gym.Env):
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)
         torch.manual_seed(int(self.np_random.integers(2**31)))
-        self.real, _ = self.env.reset(seed=seed)
-        self.steps, self.over = 0, False
+        self.real, self.over, self.steps = self.env.reset(seed=seed)[0], False, 0
         obs = {key: value[None] for key, value in self.real.items()} | {"is_first": np.ones(1, bool)}
         *self.state, _ = self.agent.act(to_tensors(obs, self.agent.device), self.agent.initial(1))
-        return self.observe()
+        return self.observe(), {"real": self.real}
 
     @torch.no_grad()
     def observe(self):
         decoded = self.agent.world_model.decode(feature(*self.state).unsqueeze(1))
         self.obs = {key: value[0, 0].cpu().numpy() for key, value in decoded.items()}
-        return self.obs, {"real": self.real}
+        return self.obs
 
     @torch.no_grad()
     def step(self, action):
@@ -1063,8 +977,9 @@ class Dream(gym.Env):
         action = torch.as_tensor(np.array([action]), device=agent.device)
         action = F.one_hot(action, agent.action_dim).float() if agent.discrete else action.float()
         self.state, self.steps = model.rssm.img_step(self.state, action), self.steps + 1
-        (obs, info), feat = self.observe(), feature(*self.state)
-        return obs, model.reward(feat).item(), model.cont(feat).item() < 0.5, self.steps >= self.length, info
+        feat = feature(*self.state)
+        reward, ended, cut = model.reward(feat).item(), model.cont(feat).item() < 0.5, self.steps >= self.length
+        return self.observe(), reward, ended, cut, {"real": self.real}
 
     @torch.no_grad()
     def policy(self):
@@ -1190,19 +1105,6 @@ def train(args):
         writer = SummaryWriter(run, purge_step=frame + 1)
         print(f"{run}: {sum(p.numel() for p in agent.trained):,} parameters, {device}")
 
-    def save():
-        """A checkpoint is there whole or not at all; the replay that belongs to it lies beside it."""
-        for array in replay.arrays.values():
-            array.flush()
-        if rank > 0:
-            return
-        state = dict(agent=agent.state_dict(), optimizer=agent.optimizer.state(), replay=replay.state_dict())
-        with open(f"{run}/checkpoint.tmp", "wb") as file:
-            torch.save(state | {"progress": (frame, updates, budget)}, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(f"{run}/checkpoint.tmp", f"{run}/checkpoint.pt")
-
     stop = []
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # the first ends in good order, the next at once
         signal.signal(number, lambda number, _: os._exit(128 + number) if stop else stop.append(number))
@@ -1211,9 +1113,9 @@ def train(args):
     rng = np.random.default_rng([0, args.seed, frame, rank])
     torch.manual_seed(int(rng.integers(2**63)))
     obs, _ = envs.reset(seed=rng.integers(2**32, size=envs.num_envs).tolist())
-    zeros, carry, data, batch = np.zeros(envs.num_envs, bool), agent.initial(envs.num_envs), None, None
+    zeros, carry, data, ahead = np.zeros(envs.num_envs, bool), agent.initial(envs.num_envs), None, None
     record = obs | dict(reward=np.zeros(envs.num_envs), is_first=~zeros, is_last=zeros, is_terminal=zeros)
-    totals, counted, since, ending = 0.0, updates, (time.time(), frame), False
+    totals, counted, ending = 0.0, updates, False
     bar = tqdm(total=args.total_timesteps, initial=frame, unit="frames", disable=rank > 0, smoothing=0.05)
     while frame < args.total_timesteps and not ending:
         # Act, and add the step to the replay
@@ -1227,31 +1129,26 @@ def train(args):
         # Learn: one update when the replay holds a first batch, then `train_ratio` replayed steps for each new one
         if len(replay) * world >= args.batch_size * args.batch_length:
             while budget >= 1 and not (stop and world == 1):
-                data, index = batch or replay.sample(args.batch_size // world, rng, device)
+                data, index = ahead or replay.sample(args.batch_size // world, rng, device)
                 latents, metrics = update(data)
-                updates, budget = updates + 1, budget - 1
-                ahead = device.type == "cuda" and budget >= 1  # the next batch is read while the GPU works
-                batch = replay.sample(args.batch_size // world, rng, device) if ahead else None
+                if device.type == "cuda":  # the next batch is read while the GPU works
+                    ahead = replay.sample(args.batch_size // world, rng, device)
                 values = torch.stack(list(metrics.values())).cpu().numpy()
                 if not np.isfinite(values).all():
-                    bad = [key for key, value in zip(metrics, values, strict=True) if not np.isfinite(value)]
-                    bar.close()
-                    envs.close()
-                    sys.exit(f"not finite in update {updates}, frame {frame}: {bad}; the last checkpoint is kept")
-                replay.write(index, latents)
-                totals = totals + values
+                    bad = [key for key, value in metrics.items() if not value.isfinite()]
+                    sys.exit(f"not finite in update {updates + 1}, frame {frame}: {bad}; the last checkpoint is kept")
+                for key, value in latents.items():
+                    replay.arrays[key][index] = value.cpu()
+                totals, updates, budget = totals + values, updates + 1, budget - 1
             budget += args.num_envs * args.train_ratio / (args.batch_size * args.batch_length)
 
         # Step: the first step after an episode's last one resets, and is no frame
-        try:
-            obs, reward, terminated, truncated, info = envs.step_wait() if overlap else envs.step(action)
-            if not np.isfinite(reward).all():
-                raise ValueError(f"an environment gave a reward that is not finite: {reward}")
-        except Exception:
-            save()
-            raise
+        obs, reward, terminated, truncated, info = envs.step_wait() if overlap else envs.step(action)
         flags = dict(is_first=record["is_last"], is_last=terminated | truncated, is_terminal=terminated)
         record = obs | flags | {"reward": reward}
+        bad = [key for key, value in record.items() if not np.isfinite(value).all()]
+        if bad:
+            sys.exit(f"not finite, from an environment, frame {frame}: {bad}; the last checkpoint is kept")
         taken, ending = int((~record["is_first"]).sum()), bool(stop)
         if world > 1:  # all processes count the same frames and end together
             both = torch.tensor([taken, ending], device=device)
@@ -1259,9 +1156,17 @@ def train(args):
             taken, ending = both.tolist()
         before, frame = frame, frame + taken * args.action_repeat
 
-        # Save
-        if passed(args.save_every) or passed(args.eval_every):
-            save()
+        # Save: the checkpoint is there whole or not at all; the replay that belongs to it lies beside it
+        if passed(args.save_every) or passed(args.eval_every) or ending or frame >= args.total_timesteps:
+            for array in replay.arrays.values():
+                array.flush()
+            if rank == 0:
+                state = dict(agent=agent.state_dict(), optimizer=agent.optimizer.state(), replay=replay.state_dict())
+                with open(f"{run}/checkpoint.tmp", "wb") as file:
+                    torch.save(state | {"progress": (frame, updates, budget)}, file)
+                    file.flush()
+                    os.fsync(file.fileno())
+                os.replace(f"{run}/checkpoint.tmp", f"{run}/checkpoint.pt")
         if rank > 0:
             continue
 
@@ -1274,10 +1179,10 @@ def train(args):
             bar.set_postfix_str(f"return {episode_return:.1f}, updates {updates}", refresh=False)
         if passed(args.log_every) and updates > counted:
             row = dict(zip(metrics, totals / (updates - counted), strict=True)) | {"charts/updates": updates}
-            row["charts/SPS"] = (frame - since[1]) / (time.time() - since[0])
+            row["charts/SPS"] = (frame - bar.initial) / bar.format_dict["elapsed"]
             for key, value in row.items():
                 writer.add_scalar(key, value, frame)
-            totals, counted, since = 0.0, updates, (time.time(), frame)
+            totals, counted = 0.0, updates
 
         # Evaluate
         if passed(args.eval_every):
@@ -1288,7 +1193,6 @@ def train(args):
             if not stop:
                 writer.add_scalar("eval/episodic_return", returns.mean(), frame)
                 writer.add_scalar("eval/episodic_return_std", returns.std(), frame)
-    save()
     envs.close()
     bar.close()
     if rank == 0:

@@ -23,9 +23,7 @@ Shapes: B batch, T time, A action, D deter, S stoch variables, E embed, F = D + 
 J candidates, M = N*J, K elites, H planning horizon. Arrays are (B, T, ...).
 """
 
-import ast
 import ctypes
-import importlib.util
 import itertools
 import json
 import math
@@ -36,7 +34,6 @@ import shutil
 import signal
 import sys
 import time
-from ctypes.util import find_library
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -80,7 +77,7 @@ class Args:
 
     # Environment
     env_id: str = "dmc-walker-walk"  # dmc-<domain>-<task>, atari-<game>, a Gymnasium id, or <module>:<id>
-    env_kwargs: list[str] = field(default_factory=list)  # name=value ..., what the environment's constructor is given
+    env_kwargs: dict[str, bool | int | float | str] = field(default_factory=dict)  # name value ..., for its constructor
     total_timesteps: int = 1_000_000  # environment frames to train for, those skipped by action repeat included
     num_envs: int = 1  # environments that are stepped together
     action_repeat: int = 1  # frames for which each action is held; rewards are summed
@@ -144,7 +141,8 @@ def parse_args(argv=None):
         given = json.loads(path.read_text() if path.exists() else "{}") | dict(resume=None, evaluate=None)
         if given.pop("script", None) != SCRIPT:
             sys.exit(f"{run} is no run of {SCRIPT}.py")
-    args = tyro.cli(Args, args=argv, default=Args(**given), description=text)
+    args = tyro.cli(Args, args=argv, default=Args(**given | dict(env_kwargs={})), description=text)
+    args.env_kwargs = args.env_kwargs or given.get("env_kwargs", {})  # as a default, tyro would make a flag of each
     for name, value in vars(args).items():
         least = 0 if isinstance(value, float) or name in ("seed", "eval_every", "overshooting_distance") else 1
         if type(value) in (int, float) and not least <= value < math.inf:
@@ -154,23 +152,20 @@ def parse_args(argv=None):
             sys.exit(f"--{name.replace('_', '-')} {getattr(args, name)}: the most is {most}")
     if args.image_size != 64:
         sys.exit(f"--image-size {args.image_size}: the convolutions are made for 64")
-    if args.track and not importlib.util.find_spec("wandb"):
-        sys.exit("--track needs Weights & Biases: pip install wandb")
     return args
 
 
 # === Environment ======================================================================================================
 
 FLAGS = ("is_first", "is_last", "is_terminal")
-RESERVED = (*FLAGS, "reward", "action")  # what the replay holds besides observations
 VECTORS = tuple(getattr(gym.spaces, kind) for kind in "Box Discrete MultiBinary MultiDiscrete Tuple Dict".split())
 
 
 def is_image(space):
-    """Whether a space holds pictures: uint8 (H, W), (H, W, C) or (C, H, W), with sides of at least 16."""
+    """Whether a space holds pictures: bytes (H, W), (H, W, C) or (C, H, W), with sides of at least 16."""
     picture = isinstance(space, gym.spaces.Box) and len(space.shape) in (2, 3) and sorted(space.shape)[-2] >= 16
     if picture and len(space.shape) == 3 and space.dtype.kind == "f":
-        sys.exit(f"the environment observes images of floats, {space.shape}: let it return bytes (uint8)")
+        raise ValueError(f"images of floats are observed, {space.shape}: let the environment return bytes (uint8)")
     return picture and space.dtype == np.uint8
 
 
@@ -179,19 +174,19 @@ class DictObservation(gym.ObservationWrapper):
 
     def __init__(self, env, obs, size):
         super().__init__(env)
-        self.parts, spaces = {}, {}
+        self.keys, spaces = {}, {}
         for key, part in env.observation_space.items():
-            name = key.replace("/", "|") + "_" * (key in RESERVED)  # of the replay's file
-            self.parts[name] = key, part
+            name = key.replace("/", "|") + "_" * (key in ("reward", "action", "deter", "stoch", *FLAGS))  # of a file
+            self.keys[name] = key
             if not isinstance(part, VECTORS):
                 gym.logger.warn(f"the observation {key!r} is left out, it is no image and no vector: {part}")
             elif is_image(part) and obs != "state":
                 spaces[name] = gym.spaces.Box(0, 255, (size, size, min((*part.shape, 1)[:3])), np.uint8)
             elif not is_image(part) and obs != "pixels":
                 spaces[name] = gym.spaces.Box(-np.inf, np.inf, (gym.spaces.flatdim(part),))
-        if not spaces:
-            sys.exit(f"--obs {obs}: the environment observes only {env.observation_space}")
         self.observation_space = gym.spaces.Dict(spaces)
+        if not spaces:
+            raise ValueError(f"--obs {obs}, but what is observed is {env.observation_space}")
 
     def reset(self, **kwargs):
         return super().reset(**kwargs)[0], {}
@@ -202,14 +197,14 @@ class DictObservation(gym.ObservationWrapper):
     def observation(self, obs):
         result = {}
         for name, space in self.observation_space.items():
-            key, part = self.parts[name]
+            value, part = obs[self.keys[name]], self.env.observation_space[self.keys[name]]
             if space.dtype == np.uint8:
                 shape = (*part.shape, 1)[:3]  # channels come first, last or not at all
-                image = np.ascontiguousarray(np.moveaxis(obs[key].reshape(shape), np.argmin(shape), -1))
+                image = np.ascontiguousarray(np.moveaxis(value.reshape(shape), np.argmin(shape), -1))
                 image = cv2.resize(image, space.shape[:2], interpolation=cv2.INTER_AREA)
                 result[name] = image.reshape(space.shape)
             else:
-                result[name] = gym.spaces.flatten(part, obs[key]).astype(np.float32)
+                result[name] = gym.spaces.flatten(part, value).astype(np.float32)
         return result
 
 
@@ -217,26 +212,20 @@ def make_env(args, video=None):
     """One environment: observations are dicts, actions Discrete or in [-1, 1]; video: folder for its first episode."""
     if multiprocessing.parent_process():  # out of the group that Ctrl-C reaches: the main process acts on it
         os.setpgrp()
-    if "MUJOCO_GL" not in os.environ and sys.platform == "linux" and not os.environ.get("DISPLAY"):
-        egl = find_library("EGL") and (find_library("GL") or find_library("OpenGL"))  # MuJoCo asks when it is imported
-        os.environ["MUJOCO_GL"] = "egl" if egl else "osmesa" if find_library("OSMesa") else "disable"
+    if sys.platform == "linux" and not os.environ.get("DISPLAY"):
+        os.environ.setdefault("MUJOCO_GL", "egl")  # MuJoCo asks when it is imported
     os.environ.setdefault("LP_NUM_THREADS", "0")  # rendering in software: one core for each environment
     suite, _, task = args.env_id.partition("-")
     size, repeat, pixels = args.image_size, args.action_repeat, args.obs in ("pixels", "both")
-    options = dict(max_episode_steps=args.time_limit, disable_env_checker=True)
+    options = args.env_kwargs | dict(max_episode_steps=args.time_limit, disable_env_checker=True)
     if pixels or video:
         options["render_mode"] = "rgb_array"
-    for key, value in (item.split("=", 1) for item in args.env_kwargs):
-        python = re.fullmatch(r"-?[\d.].*|[\[({'\"].*|True|False|None", value)
-        options[key] = ast.literal_eval(value) if python else value
     if suite == "dmc":
         import shimmy  # noqa: F401, registers the tasks
 
         options["render_kwargs"] = dict(width=size, height=size, camera_id=2 if task.startswith("quadruped") else 0)
         env = gym.make(f"dm_control/{re.sub('^cup', 'ball_in_cup', task)}-v0", **options)
-        visual = env.unwrapped.physics.model.vis
-        visual.global_.offwidth = visual.global_.offheight = size
-        visual.quality.shadowsize = 1024  # not 2048: up to 49/255 off in 0.1 % of the pixels, a third faster
+        env.unwrapped.physics.model.vis.quality.shadowsize = 1024  # half: a third faster, 0.1 % of pixels differ
     elif suite in ("atari", "atari100k"):
         import ale_py  # noqa: F401, registers the games
 
@@ -259,14 +248,12 @@ def make_env(args, video=None):
         env = gym.wrappers.RecordVideo(env, video, episode_trigger=lambda episode: episode == 0)
     if isinstance(action, gym.spaces.Discrete):
         env = gym.wrappers.TransformAction(env, lambda index: index + action.start, gym.spaces.Discrete(action.n))
-    elif isinstance(action, gym.spaces.Box) and action.dtype.kind == "f":  # a missing bound is ±1, or 2 from the other
-        low = np.where(np.abs(action.low) < 1e30, action.low, np.minimum(-1, action.high - 2))
-        high = np.where(np.abs(action.high) < 1e30, action.high, np.maximum(1, action.low + 2))
-        middle, half = (high + low) / 2, (high - low) / 2
-        scale = lambda x: np.clip(middle + half * x.reshape(low.shape), low, high).astype(action.dtype)  # noqa: E731
+    elif isinstance(action, gym.spaces.Box) and action.dtype.kind == "f" and np.ptp([action.low, action.high]) < 1e30:
+        low, half = action.low, (action.high - action.low) / 2
+        scale = lambda x: np.clip(low + half * (1 + x.reshape(low.shape)), low, action.high)  # noqa: E731
         env = gym.wrappers.TransformAction(env, scale, gym.spaces.Box(-1, 1, (low.size,)))
     else:
-        sys.exit(f"the action space {action} is neither Discrete nor a Box of floats")
+        raise ValueError(f"actions are neither Discrete nor a Box of floats with bounds: {action}")
     return gym.wrappers.RecordEpisodeStatistics(DictObservation(env, args.obs, size))
 
 
@@ -290,11 +277,9 @@ def make_envs(args, count, video=None):
 
 class Replay:
     """Ring of steps on disk, one stream for each environment: memory-mapped arrays (capacity, envs, ...) of full size.
-
     Step t holds observation t, the action that led to it, its reward and its flags: `layout`, key -> (shape, dtype).
     Only complete episodes are drawn from. `saved`: state of a run that goes on. Exits if the disk is too small or the
-    files do not fit.
-    """
+    files do not fit."""
 
     def __init__(self, folder, layout, num_envs, capacity, length, saved=None):
         self.num_envs, self.length, self.capacity, self.count = num_envs, length, capacity, 0
@@ -302,21 +287,17 @@ class Replay:
         sizes = {key: math.prod(shape) * np.dtype(dtype).itemsize * num_envs for key, (shape, dtype) in layout.items()}
         held = {key: os.path.getsize(f"{folder}/{key}") for key in layout if os.path.exists(f"{folder}/{key}")}
         if saved:
-            if saved["sizes"] != sizes or any(held.get(k, 0) < saved["capacity"] * sizes[k] for k in sizes):
+            if saved["sizes"] != sizes or any(held.get(key, 0) < saved["capacity"] * sizes[key] for key in sizes):
                 sys.exit(f"{folder} is not whole, or not of these observations, environments and sizes: {list(layout)}")
             self.count, self.episodes = saved["count"], np.array(saved["episodes"], int).reshape(-1, 3)
             self.capacity = max(capacity, saved["capacity"]) if self.count <= saved["capacity"] else saved["capacity"]
-        self.sizes = sizes
         if self.capacity < length + 1:
             sys.exit(f"--batch-length {length}: the replay holds only {self.capacity} steps of each environment")
-        try:
-            os.makedirs(folder, exist_ok=True)
-        except OSError as error:
-            sys.exit(f"--run-dir: {error}")
+        os.makedirs(folder, exist_ok=True)
         needed, free = self.capacity * sum(sizes.values()) - sum(held.values()), shutil.disk_usage(folder).free
         if needed > free:
             sys.exit(f"{folder} needs {needed / 1e9:.1f} GB, {free / 1e9:.1f} are free: make room, lower --replay-size")
-        self.arrays = {}
+        self.sizes, self.arrays = sizes, {}
         allocate = getattr(os, "posix_fallocate", lambda file, _, size: os.truncate(file, size))  # on macOS
         for key, (shape, dtype) in layout.items():
             with open(f"{folder}/{key}", "ab") as file:
@@ -341,9 +322,7 @@ class Replay:
 
     def sample(self, batch_size, rng, device):
         """Sequences, key -> tensor (B, T, ...), each as if it were an episode's start.
-
-        They are drawn uniformly over episodes, then over the steps where they can begin.
-        """
+        They are drawn uniformly over episodes, then over the steps where they can begin."""
         begun, lengths, env = self.episodes[rng.integers(len(self.episodes), size=batch_size)].T
         begun = begun + rng.integers(lengths - self.length + 1)
         rows = (begun[:, None] + np.arange(self.length)) % self.capacity
@@ -515,9 +494,7 @@ class Decoder(nn.Module):
 
 class RSSM(nn.Module):
     """Recurrent state-space model, Eq. 4 (arXiv:1811.04551v5): a state is deter (B, D) and stoch (B, S).
-
-    Without a recurrent state, deter holds mean and deviation of the prior, D = 2 S, which no head sees.
-    """
+    Without a recurrent state, deter holds mean and deviation of the prior, D = 2 S, which no head sees."""
 
     def __init__(self, args, embed_dim, action_dim):
         super().__init__()
@@ -579,10 +556,8 @@ class RSSM(nn.Module):
 
     def observe(self, embed, action, is_first, start):
         """Posterior states along a sequence, from a start state on.
-
         embed (B, T, E), action (B, T, A) that led to each step, is_first (B, T)
-        -> deter (B, T, D), stoch (B, T, S), post (B, T, S, 2).
-        """
+        -> deter (B, T, D), stoch (B, T, S), post (B, T, S, 2)."""
         mask = 1 - is_first.float().unsqueeze(-1)
         state, steps = start, []
         for inputs in zip(action.unbind(1), embed.unbind(1), mask.unbind(1), strict=True):
@@ -601,10 +576,8 @@ class RSSM(nn.Module):
 
     def overshoot(self, deter, stoch, post, action, distance):
         """KL of the posterior, a constant here, from predictions over 2, 3, ... steps; Eq. 7 (arXiv:1811.04551v5).
-
         deter (B, T, D), stoch (B, T, S), post (B, T, S, 2), action (B, T, A)
-        -> (B, T, distance - 1): step t and those after it, as predicted from t - 1; 0 beyond the sequence.
-        """
+        -> (B, T, distance - 1): step t and those after it, as predicted from t - 1; 0 beyond the sequence."""
         T, kls = deter.shape[1], []
         initial = (zeros.unsqueeze(1) for zeros in self.initial(len(deter)))
         deter, stoch = (torch.cat([zero, x[:, :-1]], 1) for zero, x in zip(initial, (deter, stoch), strict=True))
@@ -634,9 +607,7 @@ class WorldModel(nn.Module):
 
     def loss(self, data, start):
         """Eq. 3 (arXiv:1811.04551v5) -> losses (B, T) by name; stats.
-
-        data: observations (B, T, ...), action, reward, is_first, is_last, is_terminal.
-        """
+        data: observations (B, T, ...), action, reward, is_first, is_last, is_terminal."""
         args, data = self.args, data | {key: preprocess(data[key], self.args.bits) for key in self.encoder.images}
         embed = self.encoder(data)  # (B, T, E)
         deter, stoch, post = self.rssm.observe(embed, data["action"], data["is_first"], start)
@@ -760,9 +731,7 @@ class Agent(nn.Module):
     @torch.no_grad()
     def act(self, obs, carry, training=True):
         """Observations (num_envs, ...) with is_first, what it returned last -> deter, stoch, action (num_envs, A).
-
-        The action is the first of a plan that is made afresh; in training, it is disturbed.
-        """
+        The action is the first of a plan that is made afresh; in training, it is disturbed."""
         deter, stoch, action = carry
         with self.autocast():
             embed = self.world_model.encoder({key: obs[key].unsqueeze(1) for key in self.spaces}).squeeze(1)
@@ -808,9 +777,7 @@ class Agent(nn.Module):
 
     def update(self, data):
         """One step of each optimizer on a batch from the replay -> metrics by key; never waits for the GPU.
-
-        data: observations (B, T, ...), action, reward and flags.
-        """
+        data: observations (B, T, ...), action, reward and flags."""
         args = self.args
         with self.autocast():
             losses, stats = self.world_model.loss(data, self.start(data))
@@ -834,26 +801,17 @@ class Agent(nn.Module):
 
 
 class Graph:
-    """A function of tensors as a CUDA graph: three calls run as they are, then it is captured once and replayed.
-
-    Outputs are overwritten by the next call. On a CPU it is the function itself.
-    """
+    """A function of tensors as a CUDA graph: three plain calls, which initialise and compile what they need, then it is
+    captured and from then on replayed. The next call overwrites the outputs. On a CPU it is the function itself."""
 
     def __init__(self, function, device):
-        self.function, self.device, self.calls = function, device, 0
+        self.function, self.plain, self.graph = function, 3 if device.type == "cuda" else math.inf, None
 
     def __call__(self, *inputs):
-        if self.device.type != "cuda":
+        if self.plain > 0:
+            self.plain -= 1
             return self.function(*inputs)
-        self.calls += 1
-        if self.calls <= 3:  # what is initialised or compiled at first use, on a side stream as capturing asks
-            stream = torch.cuda.Stream()
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):
-                outputs = self.function(*inputs)
-            torch.cuda.current_stream().wait_stream(stream)
-            return outputs
-        if self.calls == 4:
+        if not self.graph:
             self.inputs, self.graph = tree_map(torch.clone, inputs), torch.cuda.CUDAGraph()
             with torch.cuda.graph(self.graph):
                 self.outputs = self.function(*self.inputs)
@@ -867,10 +825,8 @@ class Graph:
 
 class Dream(gym.Env):
     """The learned world model as a Gymnasium environment: it sees an episode's first observation, imagines the rest.
-
     info["real"] is what the real environment shows after the same actions, while its episode lasts. A dream ends where
-    the continue head says so, or is cut after `length` steps.
-    """
+    the continue head says so, or is cut after `length` steps."""
 
     metadata = {"render_modes": ["rgb_array"], "render_fps": 15}
     render_mode = "rgb_array"
@@ -882,17 +838,16 @@ class Dream(gym.Env):
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)
         torch.manual_seed(int(self.np_random.integers(2**31)))
-        self.real, _ = self.env.reset(seed=seed)
-        self.steps, self.over = 0, False
+        self.real, self.over, self.steps = self.env.reset(seed=seed)[0], False, 0
         obs = {key: value[None] for key, value in self.real.items()} | {"is_first": np.ones(1, bool)}
         *self.state, _ = self.agent.act(to_tensors(obs, self.agent.device), self.agent.initial(1))
-        return self.observe()
+        return self.observe(), {"real": self.real}
 
     @torch.no_grad()
     def observe(self):
         decoded = self.agent.world_model.decode(feature(*self.state).unsqueeze(1))
         self.obs = {key: value[0, 0].cpu().numpy() for key, value in decoded.items()}
-        return self.obs, {"real": self.real}
+        return self.obs
 
     @torch.no_grad()
     def step(self, action):
@@ -903,8 +858,9 @@ class Dream(gym.Env):
         action = torch.as_tensor(np.array([action]), device=agent.device)
         action = F.one_hot(action, agent.action_dim).float() if agent.discrete else action.float()
         self.state, self.steps = model.rssm.img_step(self.state, action), self.steps + 1
-        (obs, info), feat = self.observe(), feature(*self.state)
-        return obs, model.reward(feat).item(), model.cont(feat).item() < 0.5, self.steps >= self.length, info
+        feat = feature(*self.state)
+        reward, ended, cut = model.reward(feat).item(), model.cont(feat).item() < 0.5, self.steps >= self.length
+        return self.observe(), reward, ended, cut, {"real": self.real}
 
     @torch.no_grad()
     def policy(self):
@@ -1028,17 +984,6 @@ def train(args):
     writer = SummaryWriter(run, purge_step=frame + 1)
     print(f"{run}: {sum(p.numel() for p in agent.trained):,} parameters, {device}")
 
-    def save():
-        """A checkpoint is there whole or not at all; the replay that belongs to it lies beside it."""
-        for array in replay.arrays.values():
-            array.flush()
-        state = dict(agent=agent.state_dict(), optimizer=agent.optimizer_state(), replay=replay.state_dict())
-        with open(f"{run}/checkpoint.tmp", "wb") as file:
-            torch.save(state | {"progress": (episodes, frame, updates, budget, due)}, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(f"{run}/checkpoint.tmp", f"{run}/checkpoint.pt")
-
     stop = []
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # the first ends in good order, the next at once
         signal.signal(number, lambda number, _: os._exit(128 + number) if stop else stop.append(number))
@@ -1047,26 +992,23 @@ def train(args):
     rng = np.random.default_rng([0, args.seed, frame])
     torch.manual_seed(int(rng.integers(2**63)))
     record = begin(envs, replay, rng.integers(2**32, size=envs.num_envs).tolist())
-    carry, data, batch = agent.initial(envs.num_envs), None, None
-    totals, counted, since = 0.0, updates, (time.time(), frame)
+    carry, data, ahead = agent.initial(envs.num_envs), None, None
+    totals, counted, ending = 0.0, updates, False
     bar = tqdm(total=args.total_timesteps, initial=frame, unit="frames", smoothing=0.05)
-    while frame < args.total_timesteps and not stop:
+    while frame < args.total_timesteps and not ending:
         # Learn: one update more than `train_steps` after the seed episodes, `train_steps` after each later one
         while episodes >= due:
             budget, due = budget + args.train_steps, due + 1
         while budget >= 1 and len(replay) and not stop:
-            data = batch or replay.sample(args.batch_size, rng, device)
+            data = ahead or replay.sample(args.batch_size, rng, device)
             metrics = update(data)
-            updates, budget = updates + 1, budget - 1
-            ahead = device.type == "cuda" and budget >= 1  # the next batch is read while the GPU works
-            batch = replay.sample(args.batch_size, rng, device) if ahead else None
+            if device.type == "cuda":  # the next batch is read while the GPU works
+                ahead = replay.sample(args.batch_size, rng, device)
             values = torch.stack(list(metrics.values())).cpu().numpy()
             if not np.isfinite(values).all():
-                bad = [key for key, value in zip(metrics, values, strict=True) if not np.isfinite(value)]
-                bar.close()
-                envs.close()
-                sys.exit(f"not finite in update {updates}, frame {frame}: {bad}; the last checkpoint is kept")
-            totals = totals + values
+                bad = [key for key, value in metrics.items() if not value.isfinite()]
+                sys.exit(f"not finite in update {updates + 1}, frame {frame}: {bad}; the last checkpoint is kept")
+            totals, updates, budget = totals + values, updates + 1, budget - 1
 
         # Act, at random during the prefill
         if due == math.inf:
@@ -1075,22 +1017,26 @@ def train(args):
             carry = act(to_tensors(record, device), carry)
 
         # Step, and add it to the replay: the first step after an episode's last one resets, and is no frame
-        try:
-            obs, reward, terminated, truncated, info = envs.step(agent.env_action(carry[2]))
-            if not np.isfinite(reward).all():
-                raise ValueError(f"an environment gave a reward that is not finite: {reward}")
-        except Exception:
-            save()
-            raise
+        obs, reward, terminated, truncated, info = envs.step(agent.env_action(carry[2]))
         flags = dict(is_first=record["is_last"], is_last=terminated | truncated, is_terminal=terminated)
         record = obs | flags | {"reward": reward}
+        bad = [key for key, value in record.items() if not np.isfinite(value).all()]
+        if bad:
+            sys.exit(f"not finite, from an environment, frame {frame}: {bad}; the last checkpoint is kept")
         replay.add(record | {"action": carry[2].cpu().numpy() * ~record["is_first"][:, None]})
-        taken = int((~record["is_first"]).sum())
+        ending, taken = bool(stop), int((~record["is_first"]).sum())
         episodes, before, frame = episodes + int(record["is_last"].sum()), frame, frame + taken * args.action_repeat
 
-        # Save
-        if passed(args.save_every) or passed(args.eval_every):
-            save()
+        # Save: the checkpoint is there whole or not at all; the replay that belongs to it lies beside it
+        if passed(args.save_every) or passed(args.eval_every) or ending or frame >= args.total_timesteps:
+            for array in replay.arrays.values():
+                array.flush()
+            state = dict(agent=agent.state_dict(), optimizer=agent.optimizer_state(), replay=replay.state_dict())
+            with open(f"{run}/checkpoint.tmp", "wb") as file:
+                torch.save(state | {"progress": (episodes, frame, updates, budget, due)}, file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(f"{run}/checkpoint.tmp", f"{run}/checkpoint.pt")
 
         # Log
         bar.update(frame - before)
@@ -1101,10 +1047,10 @@ def train(args):
             bar.set_postfix_str(f"return {episode_return:.1f}, updates {updates}", refresh=False)
         if passed(args.log_every) and updates > counted:
             row = dict(zip(metrics, totals / (updates - counted), strict=True)) | {"charts/updates": updates}
-            row["charts/SPS"] = (frame - since[1]) / (time.time() - since[0])
+            row["charts/SPS"] = (frame - bar.initial) / bar.format_dict["elapsed"]
             for key, value in row.items():
                 writer.add_scalar(key, value, frame)
-            totals, counted, since = 0.0, updates, (time.time(), frame)
+            totals, counted = 0.0, updates
 
         # Evaluate
         if passed(args.eval_every):
@@ -1119,7 +1065,6 @@ def train(args):
         # The prefill is over: all environments start anew
         if due == math.inf and episodes >= args.seed_episodes and len(replay):
             budget, due, record = args.train_steps + 1, episodes + 1, begin(envs, replay)
-    save()
     envs.close()
     bar.close()
     writer.close()

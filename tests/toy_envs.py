@@ -96,7 +96,7 @@ MIXED = spaces.Dict(
         "mode": spaces.Discrete(3, start=1),
     }
 )
-LOW, HIGH = np.array([-2, 0, -np.inf], np.float32), np.array([2, 10, np.inf], np.float32)
+LOW, HIGH = np.array([-2, 0, -1], np.float32), np.array([2, 10, 1], np.float32)
 
 
 def register(name, entry="toy_envs:Toy", **options):
