@@ -24,7 +24,6 @@ J candidates, M = N*J, K elites, H planning horizon. Arrays are (B, T, ...).
 """
 
 import ctypes
-import itertools
 import json
 import math
 import multiprocessing
@@ -35,6 +34,7 @@ import signal
 import sys
 import time
 from dataclasses import asdict, dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Literal
 
@@ -395,27 +395,14 @@ class Output(nn.Linear):
             return super().forward(x.float())
 
 
-class Conv(nn.Conv2d):
-    """4×4 convolution of images (B, H, W, C) with stride 2, to half the size."""
-
-    def __init__(self, inp, out):
-        super().__init__(inp, out, 4, 2)
-
-    def forward(self, x):
-        return super().forward(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-
-
 class Deconv(nn.ConvTranspose2d):
-    """Transposed convolution of images (B, H, W, C) with stride 2, to twice the size."""
-
-    def __init__(self, inp, out, kernel):
-        super().__init__(inp, out, kernel, 2)
+    """Transposed convolution of images (B, C, H, W)."""
 
     def forward(self, x):
-        if x.shape[1] == 1:  # of a 1×1 image it is a matrix product, which takes a CPU a sixth of the time
-            weight, size = self.weight.permute(0, 2, 3, 1).flatten(1), self.kernel_size
-            return torch.addmm(self.bias.repeat(size[0] ** 2), x.flatten(1), weight).unflatten(1, (*size, -1))
-        return super().forward(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        if x.shape[2] == 1:  # of a 1×1 image it is a matrix product, which takes a CPU a sixth of the time
+            x = (x.flatten(1) @ self.weight.flatten(1)).unflatten(1, self.weight.shape[1:])
+            return (x + self.bias[:, None, None]).contiguous(memory_format=torch.channels_last)
+        return super().forward(x)
 
 
 class MLP(nn.Sequential):
@@ -423,9 +410,8 @@ class MLP(nn.Sequential):
 
     def __init__(self, inp, units, count, out=None, activation="relu"):
         sizes, function = [inp] + [units] * count, nn.ELU if activation == "elu" else nn.ReLU
-        super().__init__(*[nn.Sequential(nn.Linear(*x), function(inplace=True)) for x in itertools.pairwise(sizes)])
-        if out:
-            self.append(Output(units, out))
+        layers = [nn.Sequential(nn.Linear(*x), function(inplace=True)) for x in pairwise(sizes)]
+        super().__init__(*layers, *([Output(units, out)] if out else []))
 
 
 class Encoder(nn.Module):
@@ -435,14 +421,12 @@ class Encoder(nn.Module):
         super().__init__()
         self.vectors = [key for key in sorted(spaces) if spaces[key].dtype != np.uint8]
         self.images = [key for key in sorted(spaces) if spaces[key].dtype == np.uint8]
-        self.embed_dim, self.bits = 0, args.bits
+        self.bits, self.embed_dim = args.bits, bool(self.vectors) * args.units + bool(self.images) * 32 * args.depth
         if self.vectors:
             self.layers = MLP(sum(spaces[key].shape[0] for key in self.vectors), args.units, 4)
-            self.embed_dim += args.units
         if self.images:
             depths = [sum(spaces[key].shape[-1] for key in self.images)] + [args.depth * m for m in (1, 2, 4, 8)]
-            self.convs = nn.ModuleList(map(Conv, depths[:-1], depths[1:]))
-            self.embed_dim += 4 * depths[-1]
+            self.convs = nn.Sequential(*[nn.Sequential(nn.Conv2d(*x, 4, 2), nn.ReLU()) for x in pairwise(depths)])
 
     def forward(self, obs):
         embed = []
@@ -450,10 +434,8 @@ class Encoder(nn.Module):
             embed.append(self.layers(torch.cat([obs[key] for key in self.vectors], -1)))
         if self.images:
             image = torch.cat([obs[key] for key in self.images], -1)
-            x = preprocess(image.flatten(0, 1), self.bits)
-            for conv in self.convs:
-                x = F.relu(conv(x))
-            embed.append(x.reshape(*image.shape[:2], -1))
+            x = self.convs(preprocess(image.flatten(0, 1), self.bits).permute(0, 3, 1, 2))
+            embed.append(x.permute(0, 2, 3, 1).reshape(*image.shape[:2], -1))
         return torch.cat(embed, -1)
 
 
@@ -469,11 +451,11 @@ class Decoder(nn.Module):
             self.layers = MLP(feat_dim, args.units, 4)
             self.heads = nn.ModuleList(Output(args.units, spaces[key].shape[0]) for key in self.vectors)
         if self.images:
-            self.map = nn.Linear(feat_dim, 32 * args.depth)
-            depths = [32 * args.depth] + [args.depth * m for m in (4, 2, 1)]
-            self.convs = nn.ModuleList(map(Deconv, depths[:-1], depths[1:], (5, 5, 6)))
-            self.channels = [spaces[key].shape[-1] for key in self.images]
-            self.output = Deconv(depths[-1], sum(self.channels), 6)
+            depth, self.channels = args.depth, [spaces[key].shape[-1] for key in self.images]
+            self.map = nn.Linear(feat_dim, 32 * depth)
+            shapes = (32 * depth, 4 * depth, 5), (4 * depth, 2 * depth, 5), (2 * depth, depth, 6)  # in, out, kernel
+            convs = [nn.Sequential(Deconv(*shape, 2), nn.ReLU()) for shape in shapes]
+            self.convs = nn.Sequential(*convs, Deconv(depth, sum(self.channels), 6, 2))
 
     def forward(self, feat):
         means, feat = {}, feat[..., -self.feat_dim :]
@@ -481,10 +463,8 @@ class Decoder(nn.Module):
             x = self.layers(feat)
             means |= {key: head(x) for key, head in zip(self.vectors, self.heads, strict=True)}
         if self.images:
-            x = self.map(feat.flatten(0, 1)).unflatten(-1, (1, 1, -1))
-            for conv in self.convs:
-                x = F.relu(conv(x))
-            image = self.output(x).float().unflatten(0, feat.shape[:2])
+            image = self.convs(self.map(feat.flatten(0, 1)).unflatten(-1, (-1, 1, 1)))
+            image = image.float().permute(0, 2, 3, 1).unflatten(0, feat.shape[:2])
             means |= zip(self.images, image.split(self.channels, -1), strict=True)
         return means
 

@@ -101,8 +101,8 @@ class Case:
             names[f"{ours}.bias"] = f"{theirs}/bias", "same"
 
         for i in range(4):
-            add(f"{wm}.encoder.convs.{i}", f"encoder/h{i + 1}", "conv")
-            add(f"{wm}.decoder.convs.{i}" if i < 3 else f"{wm}.decoder.output", f"decoder/h{i + 2}", "conv")
+            add(f"{wm}.encoder.convs.{i}.0", f"encoder/h{i + 1}", "conv")
+            add(f"{wm}.decoder.convs.{i}.0" if i < 3 else f"{wm}.decoder.convs.3", f"decoder/h{i + 2}", "conv")
         add(f"{wm}.decoder.map", "decoder/h1", "dense_feat")
         layers = ("inputs.0.0", "img1"), ("post_in.0.0", "obs1"), ("post_out", "obs2")
         for ours, theirs in (*layers, ("prior_net.0.0", "img2"), ("prior_net.1", "img3")):
@@ -372,12 +372,13 @@ def test_parity_tanh_normal(functions):
 
 def test_parity_layers(functions):
     kernel = functions["conv/kernel"].transpose(3, 2, 0, 1)
-    conv = script.Conv(*kernel.shape[1::-1]).to(DEVICE)
+    conv = torch.nn.Conv2d(*kernel.shape[1::-1], 4, 2).to(DEVICE)
     up_kernel = functions["deconv/kernel"].transpose(3, 2, 0, 1)
-    up = script.Deconv(*up_kernel.shape[:2], up_kernel.shape[2]).to(DEVICE)
+    up = script.Deconv(*up_kernel.shape[:2], up_kernel.shape[2], 2).to(DEVICE)
     for layer, weight, name in ((conv, kernel, "conv"), (up, up_kernel, "deconv")):
         layer.weight.data, layer.bias.data = tensor(weight), tensor(functions[f"{name}/bias"])
-        close(layer(tensor(functions[f"{name}/in"])), functions[f"{name}/out"])
+        image = tensor(functions[f"{name}/in"]).permute(0, 3, 1, 2)
+        close(layer(image).permute(0, 2, 3, 1), functions[f"{name}/out"])
     layer = script.MLP(2, 2, 1)[0]
     close(layer[1](tensor(functions["act/x"])), functions["act/elu"])
 

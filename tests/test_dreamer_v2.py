@@ -85,8 +85,8 @@ class Case:
             names[f"{ours}.bias"] = f"{theirs}/bias", "same"
 
         for i in range(4):
-            add(f"{wm}.encoder.convs.{i}", f"encoder/conv{i}", "conv")
-            add(f"{wm}.decoder.convs.{i}" if i < 3 else f"{wm}.decoder.output", f"decoder/conv{i}", "conv")
+            add(f"{wm}.encoder.convs.{i}.0", f"encoder/conv{i}", "conv")
+            add(f"{wm}.decoder.convs.{i}.0" if i < 3 else f"{wm}.decoder.convs.3", f"decoder/conv{i}", "conv")
         add(f"{wm}.decoder.map", "decoder/convin", "dense_feat")
         layers = ("inputs.0.0", "img_in"), ("gates", "cell/dense"), ("post_in.0.0", "obs_out"), ("post_out", "obs_dist")
         for ours, theirs in (*layers, ("prior_net.0.0", "img_out_0"), ("prior_net.1", "img_dist_0")):
@@ -423,12 +423,13 @@ def test_parity_truncated_normal(functions, monkeypatch):
 
 def test_parity_layers(functions):
     kernel = functions["conv/kernel"].transpose(3, 2, 0, 1)
-    conv = script.Conv(*kernel.shape[1::-1]).to(DEVICE)
+    conv = torch.nn.Conv2d(*kernel.shape[1::-1], 4, 2).to(DEVICE)
     up_kernel = functions["deconv/kernel"].transpose(3, 2, 0, 1)
-    up = script.Deconv(*up_kernel.shape[:2], up_kernel.shape[2]).to(DEVICE)
+    up = script.Deconv(*up_kernel.shape[:2], up_kernel.shape[2], 2).to(DEVICE)
     for layer, weight, name in ((conv, kernel, "conv"), (up, up_kernel, "deconv")):
         layer.weight.data, layer.bias.data = tensor(weight), tensor(functions[f"{name}/bias"])
-        close(layer(tensor(functions[f"{name}/in"])), functions[f"{name}/out"])
+        image = tensor(functions[f"{name}/in"]).permute(0, 3, 1, 2)
+        close(layer(image).permute(0, 2, 3, 1), functions[f"{name}/out"])
     layer = script.MLP(2, 2, 1)
     close(layer[0][1](tensor(functions["act/x"])), functions["act/elu"])
     logit, target = tensor(functions["act/x"]), None
