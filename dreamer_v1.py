@@ -181,7 +181,8 @@ def is_image(space):
 
 
 class DictObservation(gym.ObservationWrapper):
-    """A dict of any observations -> images, uint8 (size, size, C), and vectors, float32 (n,); leaves out all infos."""
+    """A dict of any observations -> images, uint8 (size, size, C), and vectors, float32 (n,).
+    Of the infos it keeps an episode's highest success and numbers in info["log"], which are shown with its return."""
 
     def __init__(self, env, obs, size):
         super().__init__(env)
@@ -200,10 +201,15 @@ class DictObservation(gym.ObservationWrapper):
             raise ValueError(f"--obs {obs}, but what is observed is {env.observation_space}")
 
     def reset(self, **kwargs):
+        self.log = {}
         return super().reset(**kwargs)[0], {}
 
     def step(self, action):
-        return *super().step(action)[:4], {}
+        *step, info = super().step(action)
+        for key, value in (info.get("log", {}) | {"success": info.get("success", info.get("is_success"))}).items():
+            if value is not None:
+                self.log[key] = max(float(value), self.log.get(key, -math.inf))
+        return *step, {"log": self.log} if self.log else {}
 
     def observation(self, obs):
         result = {}
@@ -751,7 +757,7 @@ class Adam:
 
 
 class Agent(nn.Module):
-    """World model, behaviour and optimizers: what is trained and what acts."""
+    """World model and behaviour: what is trained and what acts."""
 
     def __init__(self, args, spaces, action_space, device="cpu"):
         super().__init__()
@@ -990,17 +996,19 @@ def load_run(args, run):
 
 
 def evaluate(agent, args, seed, video=None, stop=()):
-    """Returns of `eval_episodes` episodes, one in each of as many environments; `video`: folder for an mp4 of one."""
+    """Scores of `eval_episodes` episodes, one in each of as many environments; `video`: folder for an mp4 of one."""
     envs = make_envs(args, args.eval_episodes, video)
     obs, _ = envs.reset(seed=np.random.SeedSequence(seed).generate_state(envs.num_envs).tolist())
-    carry, returns, running = agent.initial(envs.num_envs), np.zeros(envs.num_envs), np.ones(envs.num_envs, bool)
+    carry, running, scores = agent.initial(envs.num_envs), np.ones(envs.num_envs, bool), {"episodic_return": 0.0}
     while running.any() and not stop:
         carry = agent.act(to_tensors(obs | {"is_first": ~running}, agent.device), carry, training=False)
-        obs, reward, terminated, truncated, _ = envs.step(agent.env_action(carry[2]))
-        returns += np.where(running, reward, 0)
+        obs, reward, terminated, truncated, info = envs.step(agent.env_action(carry[2]))
+        scores["episodic_return"] += np.where(running, reward, 0)
+        if "success" in info.get("log", {}):
+            scores["success"] = np.where(running, info["log"]["success"], scores.get("success"))
         running &= ~(terminated | truncated)
     envs.close()
-    return returns
+    return scores
 
 
 def log_video(writer, key, frames, step):
@@ -1100,6 +1108,8 @@ def train(args):
             length, episode_return = (info["episode"][key][env] for key in "lr")
             writer.add_scalar("charts/episodic_return", episode_return, frame)
             writer.add_scalar("charts/episodic_length", length * args.action_repeat, frame)
+            for key in filter(lambda key: key[0] != "_", info.get("log", {})):
+                writer.add_scalar(f"charts/{key}", info["log"][key][env], frame)
             bar.set_postfix_str(f"return {episode_return:.1f}, updates {updates}", refresh=False)
         if passed(args.log_every) and updates > counted:
             row = dict(zip(metrics, totals / (updates - counted), strict=True)) | {"charts/updates": updates}
@@ -1113,10 +1123,10 @@ def train(args):
             if data:
                 log_video(writer, "video/open_loop", open_loop(agent, {k: v[:4] for k, v in data.items()}), frame)
             folder = f"{run}/videos/{frame}" if args.capture_video else None
-            returns = evaluate(agent, args, [1, args.seed, frame], folder, stop)
-            if not stop:
-                writer.add_scalar("eval/episodic_return", returns.mean(), frame)
-                writer.add_scalar("eval/episodic_return_std", returns.std(), frame)
+            scores = evaluate(agent, args, [1, args.seed, frame], folder, stop)
+            for key, value in {} if stop else scores.items():
+                writer.add_scalar(f"eval/{key}", value.mean(), frame)
+                writer.add_scalar(f"eval/{key}_std", value.std(), frame)
 
         # The prefill is over: all environments start anew
         if due == math.inf and frame >= args.prefill and record["is_last"].any() and len(replay):
@@ -1135,7 +1145,8 @@ def main(argv=None):
     args = parse_args(argv)
     if args.evaluate:
         agent, _ = load_run(args, args.evaluate)
-        returns = evaluate(agent, args, [1, args.seed], f"{args.evaluate}/videos" if args.capture_video else None)
+        folder = f"{args.evaluate}/videos" if args.capture_video else None
+        returns = evaluate(agent, args, [1, args.seed], folder)["episodic_return"]
         print(f"{args.env_id}: {returns.mean():.2f} ± {returns.std():.2f} over {len(returns)} episodes")
     else:
         train(args)

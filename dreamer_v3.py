@@ -138,11 +138,13 @@ SIZES = {  # Table 3 (arXiv:2301.04104v2), and size1m of the authors' configs.ya
     for size, width in WIDTHS.items()
 }
 LARGE = dict(num_envs=16, eval_every=1_000_000, save_every=250_000)
+DMC = dict(obs="pixels", action_repeat=2, num_envs=8, size="12m", train_ratio=512)
 PRESETS = {  # by the first word of --env-id, then by that word and --obs
-    "dmc": dict(obs="pixels", action_repeat=2, num_envs=8, size="12m", train_ratio=512),
+    "dmc": DMC,
     "dmc-state": dict(total_timesteps=500_000),
     "atari": dict(total_timesteps=200_000_000, action_repeat=4, image_size=96, **LARGE),
     "atari100k": dict(total_timesteps=400_000, action_repeat=4, train_ratio=256),
+    "metaworld": DMC,  # not the authors'
     "crafter": dict(train_ratio=512),
     "procgen": dict(total_timesteps=100_000_000, image_size=96, train_ratio=64, **LARGE),
     "bsuite": dict(total_timesteps=10_000_000, train_ratio=1024, **LARGE | dict(num_envs=1)),
@@ -191,7 +193,8 @@ def is_image(space):
 
 
 class DictObservation(gym.ObservationWrapper):
-    """A dict of any observations -> images, uint8 (size, size, C), and vectors, float32 (n,); leaves out all infos."""
+    """A dict of any observations -> images, uint8 (size, size, C), and vectors, float32 (n,).
+    Of the infos it keeps an episode's highest success and numbers in info["log"], which are shown with its return."""
 
     def __init__(self, env, obs, size):
         super().__init__(env)
@@ -210,10 +213,15 @@ class DictObservation(gym.ObservationWrapper):
             raise ValueError(f"--obs {obs}, but what is observed is {env.observation_space}")
 
     def reset(self, **kwargs):
+        self.log = {}
         return super().reset(**kwargs)[0], {}
 
     def step(self, action):
-        return *super().step(action)[:4], {}
+        *step, info = super().step(action)
+        for key, value in (info.get("log", {}) | {"success": info.get("success", info.get("is_success"))}).items():
+            if value is not None:
+                self.log[key] = max(float(value), self.log.get(key, -math.inf))
+        return *step, {"log": self.log} if self.log else {}
 
     def observation(self, obs):
         result = {}
@@ -691,6 +699,7 @@ class WorldModel(nn.Module):
     def loss(self, data, start):
         """Eq. 2 and 3 (arXiv:2301.04104v2) -> losses (B, T) by name, deter, stoch, feat; stats.
         data: observations (B, T, ...), action, reward, is_first, is_last, is_terminal."""
+        args = self.args
         embed = self.encoder(data)  # (B, T, E)
         deter, stoch, post = self.rssm.observe(embed, data["action"], data["is_first"], start)
         prior = self.rssm.prior(deter)  # (B, T, S, K)
@@ -701,11 +710,11 @@ class WorldModel(nn.Module):
             losses[f"recon_loss_{key}"] = (mean - target).square().flatten(2).sum(-1)  # (B, T)
         losses["reward_loss"] = twohot_loss(self.reward_head(feat), data["reward"])  # (B, T)
         # the head learns the discount too; paper: it learns the end alone, and returns are discounted outside
-        target = (1 - data["is_terminal"].float()) * (1 - 1 / self.args.discount_horizon)  # (B, T)
+        target = (1 - data["is_terminal"].float()) * (1 - 1 / args.discount_horizon)  # (B, T)
         cont = self.continue_head(feat).squeeze(-1)  # (B, T)
         losses["continue_loss"] = F.binary_cross_entropy_with_logits(cont, target, reduction="none")  # (B, T)
-        losses["dyn_loss"] = kl_divergence(post.detach(), prior).clamp(min=self.args.free_nats)  # (B, T)
-        losses["rep_loss"] = kl_divergence(post, prior.detach()).clamp(min=self.args.free_nats)  # (B, T)
+        losses["dyn_loss"] = kl_divergence(post.detach(), prior).clamp(min=args.free_nats)  # (B, T)
+        losses["rep_loss"] = kl_divergence(post, prior.detach()).clamp(min=args.free_nats)  # (B, T)
         entropies = [-(probs * probs.log()).sum((-2, -1)).mean() for probs in (post, prior)]
         stats = dict(posterior_entropy=entropies[0], prior_entropy=entropies[1], kl=kl_divergence(post, prior).mean())
         return losses, deter, stoch, feat, stats
@@ -838,7 +847,7 @@ class LaProp:
 
 
 class Agent(nn.Module):
-    """World model, behaviour and optimizer: what is trained and what acts."""
+    """World model and behaviour: what is trained and what acts."""
 
     def __init__(self, args, spaces, action_space, device="cpu"):
         super().__init__()
@@ -1061,17 +1070,19 @@ def load_run(args, run):
 
 
 def evaluate(agent, args, seed, video=None, stop=()):
-    """Returns of `eval_episodes` episodes, one in each of as many environments; `video`: folder for an mp4 of one."""
+    """Scores of `eval_episodes` episodes, one in each of as many environments; `video`: folder for an mp4 of one."""
     envs = make_envs(args, args.eval_episodes, video)
     obs, _ = envs.reset(seed=np.random.SeedSequence(seed).generate_state(envs.num_envs).tolist())
-    carry, returns, running = agent.initial(envs.num_envs), np.zeros(envs.num_envs), np.ones(envs.num_envs, bool)
+    carry, running, scores = agent.initial(envs.num_envs), np.ones(envs.num_envs, bool), {"episodic_return": 0.0}
     while running.any() and not stop:
         carry = agent.act(to_tensors(obs | {"is_first": ~running}, agent.device), carry)
-        obs, reward, terminated, truncated, _ = envs.step(agent.env_action(carry[2]))
-        returns += np.where(running, reward, 0)
+        obs, reward, terminated, truncated, info = envs.step(agent.env_action(carry[2]))
+        scores["episodic_return"] += np.where(running, reward, 0)
+        if "success" in info.get("log", {}):
+            scores["success"] = np.where(running, info["log"]["success"], scores.get("success"))
         running &= ~(terminated | truncated)
     envs.close()
-    return returns
+    return scores
 
 
 def log_video(writer, key, frames, step):
@@ -1176,6 +1187,8 @@ def train(args):
             length, episode_return = (info["episode"][key][env] for key in "lr")
             writer.add_scalar("charts/episodic_return", episode_return, frame)
             writer.add_scalar("charts/episodic_length", length * args.action_repeat, frame)
+            for key in filter(lambda key: key[0] != "_", info.get("log", {})):
+                writer.add_scalar(f"charts/{key}", info["log"][key][env], frame)
             bar.set_postfix_str(f"return {episode_return:.1f}, updates {updates}", refresh=False)
         if passed(args.log_every) and updates > counted:
             row = dict(zip(metrics, totals / (updates - counted), strict=True)) | {"charts/updates": updates}
@@ -1189,10 +1202,10 @@ def train(args):
             if data:
                 log_video(writer, "video/open_loop", open_loop(agent, {k: v[:4] for k, v in data.items()}), frame)
             folder = f"{run}/videos/{frame}" if args.capture_video else None
-            returns = evaluate(agent, args, [1, args.seed, frame], folder, stop)
-            if not stop:
-                writer.add_scalar("eval/episodic_return", returns.mean(), frame)
-                writer.add_scalar("eval/episodic_return_std", returns.std(), frame)
+            scores = evaluate(agent, args, [1, args.seed, frame], folder, stop)
+            for key, value in {} if stop else scores.items():
+                writer.add_scalar(f"eval/{key}", value.mean(), frame)
+                writer.add_scalar(f"eval/{key}_std", value.std(), frame)
     envs.close()
     bar.close()
     if rank == 0:
@@ -1206,7 +1219,8 @@ def main(argv=None):
     args = parse_args(argv)
     if args.evaluate:
         agent, _ = load_run(args, args.evaluate)
-        returns = evaluate(agent, args, [1, args.seed], f"{args.evaluate}/videos" if args.capture_video else None)
+        folder = f"{args.evaluate}/videos" if args.capture_video else None
+        returns = evaluate(agent, args, [1, args.seed], folder)["episodic_return"]
         print(f"{args.env_id}: {returns.mean():.2f} ± {returns.std():.2f} over {len(returns)} episodes")
     else:
         train(args)

@@ -16,21 +16,21 @@ def comments(ported):
     return dict(re.findall(r"^    (\w+): .*  # (.*)$", source, re.MULTILINE))
 
 
-def test_help_shows_every_field_with_its_comment_and_the_presets(ported, tmp_path, monkeypatch):
+def test_help_shows_every_field_with_its_comment_and_the_presets(house, tmp_path, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
-    out = re.sub(r"[\s│]+", " ", run_script(ported, "--help", cwd=tmp_path).stdout)
-    fields = comments(ported)
-    assert list(fields) == [field.name for field in dataclasses.fields(ported.Args)]
+    out = re.sub(r"[\s│]+", " ", run_script(house, "--help", cwd=tmp_path).stdout)
+    fields = comments(house)
+    assert list(fields) == [field.name for field in dataclasses.fields(house.Args)]
     for name, comment in fields.items():
         assert re.search(rf"--(no-)?{name.replace('_', '-')}(?![a-z-])", out), name
         assert comment.replace("`", "") in out.replace("`", ""), name
-    for suite, preset in ported.PRESETS.items():
+    for suite, preset in house.PRESETS.items():
         assert f"{suite}: {preset}" in out, suite
     assert not any(tmp_path.iterdir())
 
 
-def test_import_runs_nothing(ported, tmp_path):
-    python = [sys.executable, "-c", f"import {ported.__name__}", "--no-such-flag"]
+def test_import_runs_nothing(house, tmp_path):
+    python = [sys.executable, "-c", f"import {house.__name__}", "--no-such-flag"]
     result = subprocess.run(python, cwd=tmp_path, env=environment(), capture_output=True, text=True)
     assert (result.returncode, result.stdout, result.stderr) == (0, "", "") and not any(tmp_path.iterdir())
 
@@ -60,22 +60,24 @@ def test_a_flag_beats_a_preset_even_with_its_default_value(ported):
 
 
 @pytest.mark.parametrize("flag", ["--no-such-flag", "--num-envs two", "--obs sound"])
-def test_unknown_flags_and_values_are_refused(ported, flag, tmp_path):
-    assert flag.split()[0] in run_script(ported, *flag.split(), cwd=tmp_path, code=2).stderr
+def test_unknown_flags_and_values_are_refused(house, flag, tmp_path):
+    assert flag.split()[0] in run_script(house, *flag.split(), cwd=tmp_path, code=2).stderr
 
 
-ZERO = ("seed", "eval_every", "warmup", "prefill", "pretrain", "overshooting_distance")  # 0 has a meaning
+ZERO = (
+    "seed eval_every warmup prefill pretrain overshooting_distance tokenizer_warmup lam_shift".split()
+)  # 0 has a meaning
 
 
-def test_numbers_out_of_range_are_refused(ported, refused, tmp_path, monkeypatch):
+def test_numbers_out_of_range_are_refused(house, refused, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    types = {field.name: field.type for field in dataclasses.fields(ported.Args)}
+    types = {field.name: field.type for field in dataclasses.fields(house.Args)}
     whole, reals = ([name for name, type in types.items() if type in kinds] for kinds in ((int, int | None), (float,)))
     assert len(whole) > 15 and len(reals) > 8
     values = [(name, value) for name in whole for value in ("-1", "0") if value == "-1" or name not in ZERO]
     for name, value in values + [(name, value) for name in reals for value in ("-1", "nan", "inf")]:
         flag = "--" + name.replace("_", "-")
-        line = refused(ported, "--env-id", "CartPole-v1", *tiny(ported), flag, value)
+        line = refused(house, "--env-id", "CartPole-v1", *tiny(house), flag, value)
         assert flag in line, (flag, value, line)
     assert not any(tmp_path.iterdir())
 
@@ -150,7 +152,7 @@ def test_an_evaluation_counts_each_episode_once(new_house, tmp_path):
     flags = ["--env-id", "toy_envs:Vector-v0", "--env-kwargs", "trouble", "short", "--total-timesteps", 60]
     run_script(new_house, *flags, *tiny(new_house), cwd=tmp_path)
     args = new_house.parse_args(["--evaluate", str(only_run(tmp_path))])
-    returns = new_house.evaluate(new_house.load_run(args, args.evaluate)[0], args, 0)
+    returns = new_house.evaluate(new_house.load_run(args, args.evaluate)[0], args, 0)["episodic_return"]
     assert len(set(returns)) > 3 and set(returns) <= {n * (n + 1) / 2 for n in range(5, 15)}
 
 

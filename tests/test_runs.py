@@ -334,6 +334,17 @@ def test_an_evaluation_that_was_stopped_is_no_result(new_house, tmp_path, monkey
     assert metrics(only_run(tmp_path)) and not any(key.startswith("eval/") for _, key, _ in metrics(only_run(tmp_path)))
 
 
+@pytest.mark.parametrize("kind", ["", "Image"])
+def test_success_and_what_an_environment_logs(ported, kind, tmp_path):
+    """The largest of each episode, beside its return; the success of evaluations too."""
+    flags = ["--env-id", f"toy_envs:Success{kind}-v0", "--num-envs", 2, *tiny(ported), "--eval-every", 60]
+    run_script(ported, *flags, "--total-timesteps", 80, cwd=tmp_path)
+    rows = metrics(only_run(tmp_path))
+    seen = {key: {value for _, name, value in rows if name == key} for _, key, _ in rows}
+    assert seen["charts/success"] == seen["eval/success"] == {1.0}
+    assert (seen["charts/steps/taken"], seen["charts/low"]) == ({20.0}, {-1.0})
+
+
 # Trouble
 
 

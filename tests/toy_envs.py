@@ -62,6 +62,8 @@ class Toy(gym.Env):
         self.last = int(np.sum(action))
         reward, over = float(self.count), self.count >= self.length
         info = {"ragged": np.zeros(self.number + self.count)}
+        if self.trouble == "success":
+            info |= {"is_success": self.count == 7, "log": {"steps/taken": self.count, "low": -self.count}}
         if os.path.exists("go") and self.count == 10:
             if self.trouble == "exit":
                 os._exit(1)
@@ -136,7 +138,7 @@ OBSERVATIONS = {name: spaces.Box(0, 255, shape, np.uint8) for name, shape in BYT
 }
 for name, space in OBSERVATIONS.items():
     register(f"{name}-v0", observation=space)
-for trouble in ("exit", "raise", "nan", "random", "hang"):
+for trouble in ("success", "exit", "raise", "nan", "random", "hang"):
     register(f"{trouble.capitalize()}-v0", trouble=trouble)
     register(f"{trouble.capitalize()}Image-v0", trouble=trouble, observation=IMAGE)
 
