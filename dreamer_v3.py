@@ -1079,7 +1079,7 @@ def evaluate(agent, args, seed, video=None, stop=()):
         obs, reward, terminated, truncated, info = envs.step(agent.env_action(carry[2]))
         scores["episodic_return"] += np.where(running, reward, 0)
         if "success" in info.get("log", {}):
-            scores["success"] = np.where(running, info["log"]["success"], scores.get("success"))
+            scores["success"] = np.where(running, info["log"]["success"], scores.get("success", 0.0))
         running &= ~(terminated | truncated)
     envs.close()
     return scores
