@@ -186,9 +186,9 @@ VECTORS = tuple(getattr(gym.spaces, kind) for kind in "Box Discrete MultiBinary 
 
 def is_image(space):
     """Whether a space holds pictures: bytes (H, W), (H, W, C) or (C, H, W), with sides of at least 16."""
-    picture = isinstance(space, gym.spaces.Box) and len(space.shape) in (2, 3) and sorted(space.shape)[-2] >= 16
-    if picture and len(space.shape) == 3 and space.dtype.kind == "f":
-        raise ValueError(f"images of floats are observed, {space.shape}: let the environment return bytes (uint8)")
+    picture = isinstance(space, gym.spaces.Box) and len(space.shape) > 1 and sorted(space.shape)[-2] >= 16
+    if picture and (len(space.shape) > 3 or len(space.shape) == 3 and space.dtype.kind == "f"):
+        raise ValueError(f"no image: {space.shape} of {space.dtype}; return bytes (uint8), and no older frames")
     return picture and space.dtype == np.uint8
 
 
@@ -1074,7 +1074,9 @@ def evaluate(agent, args, seed, video=None, stop=()):
     envs = make_envs(args, args.eval_episodes, video)
     obs, _ = envs.reset(seed=np.random.SeedSequence(seed).generate_state(envs.num_envs).tolist())
     carry, running, scores = agent.initial(envs.num_envs), np.ones(envs.num_envs, bool), {"episodic_return": 0.0}
-    while running.any() and not stop:
+    for _ in range(0, 108_000, args.action_repeat):  # frames, if an episode does not end
+        if stop or not running.any():
+            break
         carry = agent.act(to_tensors(obs | {"is_first": ~running}, agent.device), carry)
         obs, reward, terminated, truncated, info = envs.step(agent.env_action(carry[2]))
         scores["episodic_return"] += np.where(running, reward, 0)
@@ -1199,7 +1201,7 @@ def train(args):
 
         # Evaluate
         if passed(args.eval_every):
-            if data:
+            if data and args.batch_length > 5:  # of which it sees 5
                 log_video(writer, "video/open_loop", open_loop(agent, {k: v[:4] for k, v in data.items()}), frame)
             folder = f"{run}/videos/{frame}" if args.capture_video else None
             scores = evaluate(agent, args, [1, args.seed, frame], folder, stop)

@@ -241,6 +241,7 @@ def test_a_module_of_its_own(tmp_path, monkeypatch):
         ("toy_envs:Half-v0", "bounds"),
         ("toy_envs:Huge-v0", "bounds"),
         ("toy_envs:Floats-v0", "uint8"),
+        ("toy_envs:Frames-v0", "no older frames"),
         ("toy_envs:Broken-v0", "no_such"),
         ("toy_envs:Vector-v0 --env-kwargs no_such 1", "no_such"),
         ("toy_envs:NoRender-v0 --obs pixels", "render"),
