@@ -4,7 +4,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from conftest import agent_and_batch, tiny
+from conftest import agent_and_batch, metrics, only_run, run_script, tiny
 from gymnasium.utils.env_checker import check_env
 
 
@@ -17,8 +17,8 @@ def make_dream(script, env_id, **options):
 
 @pytest.mark.parametrize("env_id", ["CartPole-v1", "toy_envs:Mixed-v0", "toy_envs:Image-v0", "toy_envs:Bounds-v0"])
 @pytest.mark.filterwarnings("ignore")
-def test_a_dream_is_a_gymnasium_environment(ported, env_id):
-    dream = make_dream(ported, env_id)
+def test_a_dream_is_a_gymnasium_environment(world, env_id):
+    dream = make_dream(world, env_id)
     check_env(dream)
     dream.reset(seed=0)
     frame = dream.render()
@@ -28,8 +28,8 @@ def test_a_dream_is_a_gymnasium_environment(ported, env_id):
     dream.step(action)
 
 
-def test_dreams_are_reproducible(ported):
-    dream = make_dream(ported, "toy_envs:Image-v0")
+def test_dreams_are_reproducible(world):
+    dream = make_dream(world, "toy_envs:Image-v0")
 
     def frames(seed):
         first, info = dream.reset(seed=seed)
@@ -41,12 +41,12 @@ def test_dreams_are_reproducible(ported):
     assert not all(map(np.array_equal, one[0], other[0]))
 
 
-def test_a_dream_is_cut_and_the_real_episode_may_end_before(ported):
-    dream = make_dream(ported, "toy_envs:Vector-v0", length=30)  # its episodes have 20 steps
+def test_a_dream_is_cut_and_the_real_episode_may_end_before(world):
+    dream = make_dream(world, "toy_envs:Vector-v0", length=30)  # its episodes have 20 steps
     dream.reset(seed=0)
     steps = [dream.step(1) for _ in range(30)]
     assert [truncated for *_, truncated, _ in steps] == 29 * [False] + [True]
-    real = [step[4]["real"]["vector"] for step in steps]
+    real = [next(iter(step[4]["real"].values())) for step in steps]
     assert not np.array_equal(real[18], real[19]) and all(np.array_equal(real[19], later) for later in real[20:])
 
 
@@ -79,3 +79,9 @@ def test_open_loop_sees_only_the_context(ported, tmp_path):
     changed = dreamt(action=moved)
     np.testing.assert_array_equal(changed[:5], whole[:5])
     assert (changed[5] != whole[5]).any(), "actions have no effect"
+
+
+def test_sequences_too_short_for_a_video(ported, tmp_path):
+    flags = ["--env-id", "toy_envs:Image-v0", *tiny(ported), "--batch-length", 5, "--eval-every", 50]
+    run_script(ported, *flags, "--total-timesteps", 100, cwd=tmp_path)
+    assert any(key == "eval/episodic_return" for _, key, _ in metrics(only_run(tmp_path)))

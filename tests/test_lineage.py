@@ -16,7 +16,7 @@ from conftest import PORTED, ROOT
 FAMILY = ["planet", "dreamer_v1", "dreamer_v2", "dreamer_v3"]  # each is derived from the one before
 NEIGHBOURS = [pair for pair in itertools.pairwise(FAMILY) if set(pair) <= set(PORTED)]
 # Ratchets: they only ever get tighter. The aim is 950, 1,000, 1,050 and 1,100 lines, of which 60 % are the algorithm's.
-BUDGET = dict(planet=1144, dreamer_v1=1221, dreamer_v2=1299, dreamer_v3=1314, genie=1250)
+BUDGET = dict(planet=1082, dreamer_v1=1158, dreamer_v2=1232, dreamer_v3=1234, genie=1250)
 ALGORITHM = 0.42  # least share of the lines from Maths to Agent
 ALIKE = {"dreamer_v1": (78, 60), "dreamer_v2": (78, 74), "dreamer_v3": (57, 110)}  # least % shared, most hunks
 BANNERS = "Arguments|Environment|Replay|Maths|Networks|World model|Behaviour|Agent|Dream|Run".split("|")
