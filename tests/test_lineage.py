@@ -11,12 +11,13 @@ import re
 import subprocess
 
 import pytest
-from conftest import PORTED, ROOT
+from conftest import HOUSE, ROOT
 
 FAMILY = ["planet", "dreamer_v1", "dreamer_v2", "dreamer_v3"]  # each is derived from the one before
-NEIGHBOURS = [pair for pair in itertools.pairwise(FAMILY) if set(pair) <= set(PORTED)]
-# Ratchets: they only ever get tighter. The aim is 950, 1,000, 1,050 and 1,100 lines, of which 60 % are the algorithm's.
-BUDGET = dict(planet=1082, dreamer_v1=1158, dreamer_v2=1232, dreamer_v3=1234, genie=1250)
+NEIGHBOURS = list(itertools.pairwise(FAMILY))
+# Ratchets, which only get tighter. The aim of these four is 950, 1,000, 1,050 and 1,100 lines, 60 % of them the
+# algorithm's.
+BUDGET = dict(planet=1082, dreamer_v1=1158, dreamer_v2=1232, dreamer_v3=1234, worldmodels_v1=1100, genie=1250)
 ALGORITHM = 0.42  # least share of the lines from Maths to Agent
 ALIKE = {"dreamer_v1": (78, 60), "dreamer_v2": (78, 74), "dreamer_v3": (57, 110)}  # least % shared, most hunks
 BANNERS = "Arguments|Environment|Replay|Maths|Networks|World model|Behaviour|Agent|Dream|Run".split("|")
@@ -114,11 +115,11 @@ def test_same_banners_and_mostly_the_algorithm(name):
     assert list(places) == [banner for banner in BANNERS if banner in places]
     assert all(len(line) == 120 for line in rules.values())
     algorithm = (places["Dream"] - min(places[name] for name in BANNERS[3:8] if name in places)) / len(lines)
-    least = ALGORITHM if name in PORTED else 0.38  # Genie reads video files, and has no other replay
+    least = ALGORITHM if name != "genie" else 0.38  # which reads video files, and has no other replay
     assert algorithm >= least, f"{algorithm:.0%} of the lines"
 
 
-@pytest.mark.parametrize("name", PORTED)
+@pytest.mark.parametrize("name", HOUSE)
 def test_the_list_of_changes_is_in_the_docstring_alone(name):
     source = read(name)
     listed = items(source) if "What changed since" in source else {}
@@ -139,9 +140,9 @@ def test_neighbours_are_alike(pair, tmp_path):
     assert share >= least and hunks <= most, f"{share:.0f} % shared, {hunks} hunks"
 
 
-@pytest.mark.parametrize("name", [name for name in BUDGET if name != PORTED[-1]])
+@pytest.mark.parametrize("name", [name for name in HOUSE if name != FAMILY[-1]])
 def test_general_and_environment_arguments_are_the_same(name):
-    part, other = (read(x).split("    # General\n")[1].split(". Defaults")[0] for x in (name, PORTED[-1]))
+    part, other = (read(x).split("    # General\n")[1].split(". Defaults")[0] for x in (name, FAMILY[-1]))
     assert part.rpartition("\n")[0] == other.rpartition("\n")[0]
 
 
