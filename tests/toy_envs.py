@@ -29,7 +29,7 @@ class Toy(gym.Env):
     def __init__(self, render_mode=None, observation=VECTOR, action=None, length=20, trouble=None, truncate=False):
         self.render_mode, self.length, self.trouble, self.truncate = render_mode, length, trouble, truncate
         self.observation_space, self.action_space = observation, action or spaces.Discrete(2)
-        self.actions = []
+        self.actions, self.resets = [], 0
 
     def value(self, space):
         """An observation that follows from seed, step and action."""
@@ -52,6 +52,9 @@ class Toy(gym.Env):
         self.count, self.last, self.number = 0, 0, int(self.np_random.integers(100))
         if self.trouble == "short":
             self.length = 5 + self.number % 10
+        self.resets += 1
+        if self.trouble == "reset" and self.resets == 2 and os.path.exists("go"):
+            raise OSError("the simulator does not answer")
         if self.trouble == "random":
             self.number = int.from_bytes(os.urandom(4), "big")
         return self.value(self.observation_space), {}
@@ -139,7 +142,7 @@ OBSERVATIONS = {name: spaces.Box(0, 255, shape, np.uint8) for name, shape in BYT
 }
 for name, space in OBSERVATIONS.items():
     register(f"{name}-v0", observation=space)
-for trouble in ("success", "exit", "raise", "nan", "random", "hang"):
+for trouble in ("success", "reset", "exit", "raise", "nan", "random", "hang"):
     register(f"{trouble.capitalize()}-v0", trouble=trouble)
     register(f"{trouble.capitalize()}Image-v0", trouble=trouble, observation=IMAGE)
 
