@@ -65,7 +65,8 @@ def test_unknown_flags_and_values_are_refused(house, flag, tmp_path):
 
 
 ZERO = (
-    "seed eval_every warmup prefill pretrain overshooting_distance tokenizer_warmup lam_shift".split()
+    "seed eval_every warmup prefill pretrain overshooting_distance tokenizer_warmup lam_shift "
+    "shortest controller_hidden brake patience dream_context".split()
 )  # 0 has a meaning
 
 
@@ -132,14 +133,14 @@ def test_arguments_are_saved_and_come_back(ported, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("env_id", ["toy_envs:Image-v0", "toy_envs:Vector-v0"])
-def test_evaluate(ported, env_id, tmp_path):
+def test_evaluate(world, env_id, tmp_path):
     """Scores a run without changing it; the same again gives the same; --capture-video leaves a film of one episode."""
     av = pytest.importorskip("av")
-    run_script(ported, "--env-id", env_id, "--total-timesteps", 60, *tiny(ported), cwd=tmp_path)
+    run_script(world, "--env-id", env_id, "--total-timesteps", 60, *tiny(world), cwd=tmp_path)
     run = only_run(tmp_path)
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
     flags = ["--evaluate", run, "--eval-episodes", 3]
-    one, two = (run_script(ported, *flags, *more, cwd=tmp_path).stdout for more in ([], ["--capture-video"]))
+    one, two = (run_script(world, *flags, *more, cwd=tmp_path).stdout for more in ([], ["--capture-video"]))
     assert f"{env_id}: 210.00 ± 0.00 over 3 episodes" in one  # 1 + 2 + ... + 20
     assert one.splitlines()[-1] in two
     assert before == {path: path.read_bytes() for path in before}
@@ -154,6 +155,14 @@ def test_an_evaluation_counts_each_episode_once(new_house, tmp_path):
     args = new_house.parse_args(["--evaluate", str(only_run(tmp_path))])
     returns = new_house.evaluate(new_house.load_run(args, args.evaluate)[0], args, 0)["episodic_return"]
     assert len(set(returns)) > 3 and set(returns) <= {n * (n + 1) / 2 for n in range(5, 15)}
+
+
+def test_an_evaluation_of_what_does_not_end(ported, tmp_path):
+    flags = ["--env-id", "toy_envs:Vector-v0", "--total-timesteps", 60, *tiny(ported)]
+    run_script(ported, *flags, cwd=tmp_path)
+    endless = ["--env-kwargs", "length", 10**9, "--action-repeat", 2000]
+    out = run_script(ported, "--evaluate", only_run(tmp_path), *endless, cwd=tmp_path).stdout
+    assert f"{108_000 * 108_001 / 2:.2f} ± 0.00" in out
 
 
 @pytest.mark.slow

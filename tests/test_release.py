@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import PORTED, ROOT, only_run, run_script, tiny
+from conftest import ROOT, WORLDS, only_run, run_script, tiny
 
 sys.path.append(str(ROOT / "benchmarks"))
 import release
@@ -29,7 +29,7 @@ def dream_errors(script, folder):
     return np.mean(errors)
 
 
-@pytest.mark.parametrize("name", PORTED)
+@pytest.mark.parametrize("name", WORLDS)
 def test_a_released_run_is_evaluated_and_played(name, tmp_path, monkeypatch, capsys):
     script = importlib.import_module(name)
     flags = ["--env-id", "CartPole-v1", "--total-timesteps", 60, *tiny(script)]
