@@ -12,6 +12,7 @@ import json
 import os
 import signal
 import sys
+from dataclasses import dataclass
 
 import cv2
 import gymnasium as gym
@@ -33,8 +34,7 @@ svg, #line { width: 100%; height: 2rem; fill: none; stroke: #3874e8; vector-effe
 #keys { display: grid; gap: .375rem; justify-content: start; user-select: none; -webkit-user-select: none }
 button { min-width: 4rem; padding: .375rem; border: 1px solid #8886; border-bottom-width: 3px; border-radius: .5rem;
   font: .75rem/1.5 system-ui; white-space: pre-line; overflow-wrap: anywhere; background: #8881; touch-action: none }
-button::first-line { font-size: 1rem; font-weight: 600 }
-button.on, button:active { background: #3874e8; color: #fff }
+button::first-line { font-size: 1rem; font-weight: 600 } button.on, button:active { background: #3874e8; color: #fff }
 </style>
 <h3>TITLE</h3><main><b>dream</b><b>BESIDE</b><img id=dream><img id=real>
 <p id=text></p><svg viewBox="0 -1.1 1 1.2" preserveAspectRatio=none><polyline id=line /></svg></main>
@@ -99,12 +99,12 @@ def controls(dream):
     return names, lambda held: np.clip(rest + sum(change.get(key, 0) for key in {*held}), -1, 1).astype(np.float32)
 
 
-def write_video(script, dream, run, seed):
+def write_video(script, dream, run, seed, start):
     """Writes the actor's dream beside the truth as mp4; without an actor, each key is held in turn."""
     policy, (names, action), path = getattr(dream, "policy", None), controls(dream), f"{run}/videos/dream.mp4"
     if not policy:
         print("no actor in this dream: each key is held in turn,", ", ".join(names.values()))
-    obs, info = dream.reset(seed=seed)
+    obs, info = dream.reset(seed=seed, **start)
     frames, over = [], False
     while not over and len(frames) < 200:
         frame = np.concatenate([script.picture(obs), script.picture(info["real"])], 1)
@@ -118,7 +118,7 @@ def write_video(script, dream, run, seed):
     print(path)
 
 
-def serve(script, dream, run, seed, port):
+def serve(script, dream, run, seed, start, port):
     """Serves the page and answers its requests, one after the other."""
     policy, latent, (names, action) = getattr(dream, "policy", None), not hasattr(dream, "env"), controls(dream)
     names |= {"r": "new dream"} | ({" ": "actor"} if policy else {})
@@ -130,7 +130,7 @@ def serve(script, dream, run, seed, port):
     def act(held):
         """A step with these keys, or a new dream, and what the page then shows."""
         if "r" in held or not state:
-            obs, info = dream.reset(seed=None if state else seed)
+            obs, info = dream.reset(seed=None if state else seed, **start)
             state.update(rewards=[], over=False, text="a new dream: hold a key, or its button, to go on")
         else:
             obs, reward, ended, cut, info = dream.step(policy() if policy and {*held} == {" "} else action(held))
@@ -160,9 +160,7 @@ def serve(script, dream, run, seed, port):
                 self.wfile.write((page if self.command == "GET" else act(keys)).encode())
 
         do_POST = do_GET
-
-        def log_message(self, *_):
-            pass
+        log_message = lambda *_: None  # noqa: E731
 
     server = http.server.HTTPServer(("127.0.0.1", port), Handler)
     port = server.server_port
@@ -170,16 +168,17 @@ def serve(script, dream, run, seed, port):
     server.serve_forever()
 
 
-def main(run: tyro.conf.Positional[str], video: bool = False, seed: int = 1, port: int = 0, cuda: bool = True):
-    """Act in the world that a run has learnt.
+@dataclass
+class Args:
+    run: tyro.conf.Positional[str]  # the run directory
+    video: bool = False  # write <run>/videos/dream.mp4 instead of serving a page
+    prompt: str | None = None  # picture that a world of genie.py starts from
+    seed: int = 1  # of the dreams
+    port: int = 0  # of the page; 0 is any that is free
+    cuda: bool = True  # use the GPU if there is one
 
-    Args:
-        run: the run directory
-        video: write <run>/videos/dream.mp4 instead of serving a page
-        seed: of the dreams
-        port: of the page; 0 is any that is free
-        cuda: use the GPU if there is one
-    """
+
+def main(run, video, prompt, seed, port, cuda):
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: sys.exit(0))
     sys.path.append(os.getcwd())
@@ -190,10 +189,11 @@ def main(run: tyro.conf.Positional[str], video: bool = False, seed: int = 1, por
         sys.exit(f"play.py: {run} cannot be played: {error}")
     args = script.parse_args(["--evaluate", run, "--cuda" if cuda else "--no-cuda"])
     dream = script.Dream(*script.load_run(args, run))
-    if video:
-        return write_video(script, dream, run, seed)
-    serve(script, dream, run, seed, port)
+    if prompt and hasattr(dream, "env"):
+        sys.exit("--prompt is for worlds of genie.py, which see nothing but pictures")
+    start = {"options": {"prompt": prompt}} if prompt else {}
+    return write_video(script, dream, run, seed, start) if video else serve(script, dream, run, seed, start, port)
 
 
 if __name__ == "__main__":
-    tyro.cli(main, description=__doc__)
+    main(**vars(tyro.cli(Args, description=__doc__)))

@@ -12,7 +12,6 @@ machine multiplies large matrices: the share says how far the limit is.
 """
 
 import argparse
-import contextlib
 import dataclasses
 import datetime
 import importlib
@@ -25,6 +24,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 
 import gymnasium as gym
 import numpy as np
@@ -227,23 +227,23 @@ class Still(gym.Env):
 
     def __init__(self, spaces, action_space):
         self.observation_space, self.action_space = gym.spaces.Dict(spaces), action_space
-        zeros = {key: np.zeros(space.shape, space.dtype) for key, space in spaces.items()}
-        self.obs = zeros | dict(is_first=1, is_last=1, is_terminal=0)
+        self.obs = {key: np.zeros(space.shape, space.dtype) for key, space in spaces.items()}
 
     def reset(self, *, seed=None, options=None):
         return self.obs, {}
 
     def step(self, action):
-        return self.obs, 0.0, False, False, {}
+        return self.obs, 0.0, True, False, {}
 
 
 def measure_stages(script, flags, options):
-    """Figures of a script in stages: V, M, dreams all at once and one by one, rollouts of the environment per core."""
+    """Figures of World Models: V, M, dreams all at once and one by one, rollouts of the environment per core."""
     args = script.parse_args(flags.split() + switches(options))
     device = device_of(script, args)
     moves = gym.spaces.Discrete(3) if args.moves else gym.spaces.Box(-1, 1, (3,))
     spaces = {"image": gym.spaces.Box(0, 255, (args.image_size, args.image_size, 3), np.uint8)}
     agent, row = script.Agent(args, spaces, moves, device), {}
+    model = agent.world_model
 
     def rate(name, count, function, repeats=options.repeats):
         one_core = device.type == "cpu" and options.threads == 1  # then other programs do not count
@@ -251,53 +251,38 @@ def measure_stages(script, flags, options):
 
     side, shape = script.SIDE, (args.batch_size, args.batch_length)
     image = torch.randint(0, 256, (args.vae_batch_size, side, side, 3), dtype=torch.uint8, device=device)
-    rate("vae_frames_per_s", len(image), lambda: agent.update_vae(image, 0))
+    rate("vae_frames_per_s", len(image), lambda: agent.update(model.vae_loss(image), args.vae_rate, 1.0))
     data = dict(embed=torch.zeros(*shape, 2 * args.stoch), action=torch.zeros(*shape, agent.action_dim))
     data |= dict(reward=torch.zeros(shape), is_first=torch.zeros(shape) > 0, is_terminal=torch.zeros(shape) > 0)
-    data = {key: value.to(device) for key, value in data.items()}
-    start = agent.world_model.rssm.initial(len(data["reward"]))
-    rate("rnn_frames_per_s", data["reward"].numel(), lambda: agent.update(data, start, 0))
+    data, start = {key: value.to(device) for key, value in data.items()}, model.rssm.initial(shape[0])
+    learn_m = lambda: agent.update(model.loss(data, start)[0], args.rnn_rate, 1.0, args.clip)  # noqa: E731
+    rate("rnn_frames_per_s", data["reward"].numel(), learn_m)
 
-    torch.nn.init.constant_(agent.world_model.continue_head.bias, 1e3)  # no dream ends
+    torch.nn.init.constant_(model.continue_head.bias, 1e3)  # no dream ends
     P, R, steps = args.population, args.candidate_rollouts, 20
     params = 0.1 * torch.randn(P, agent.behaviour.params.numel(), device=device)
     for name, p, r in (("", P, R), ("_one_by_one", 1, 1)):
         if p == 1 and device.type == "cpu":
-            agent.autocast = contextlib.nullcontext  # one dream is faster in float32
-        start = agent.world_model.rssm.initial(r)
+            args.amp = False  # one dream is faster in float32
+        start = model.rssm.initial(r)
         dreams = lambda p=p, start=start: script.dream_returns(agent, params[:p], start, steps)  # noqa: E731
         rate(f"dream_steps_per_s{name}", p * r * steps, dreams)
     row["times_as_fast_as_one_by_one"] = row["dream_steps_per_s"] / row["dream_steps_per_s_one_by_one"]
     dream = script.Dream(agent, Still(spaces, moves))
     dream.reset(seed=0)
-
-    def step():
-        dream.step(agent.env_action(agent.behaviour.action(agent.policy(*dream.state[:2])))[0])
-
-    rate("dream_steps_per_s_gymnasium", 1, step, 20)
-    dream.observation = dict  # no frames, which the controller does not look at
-    rate("dream_steps_per_s_gymnasium_undrawn", 1, step, 200)
+    rate("dream_steps_per_s_gymnasium", 1, lambda: dream.step(dream.policy()), 20)
+    dream.observe = dict  # no frames, which the controller does not look at
+    rate("dream_steps_per_s_gymnasium_undrawn", 1, lambda: dream.step(dream.policy()), 200)
     row["times_as_fast_as_gymnasium_undrawn"] = row["dream_steps_per_s"] / row["dream_steps_per_s_gymnasium_undrawn"]
     if not options.no_loop:
         with script.Workers(dataclasses.replace(args, num_envs=1), agent) as workers:
-            (process,) = workers.processes.values()
-            spent = lambda: time.clock_gettime(~process.pid << 3 | 2)  # noqa: E731, CPU time of a process, on Linux
-            list(workers.results([dict(policy="held", seed=0)]))  # by then it has started
+            workers.submit(script.rollout, 0).result()  # by then the process has started
+            (process,) = workers._processes
+            spent = lambda: time.clock_gettime(~process << 3 | 2)  # noqa: E731, CPU time of a process, on Linux
             before = spent()
-            episodes = workers.results(dict(policy="held", seed=seed) for seed in (1, 2, 3))
-            frames = sum(episode["length"] * args.action_repeat for episode in episodes)
+            frames = sum(steps * args.action_repeat for _, steps, *_ in workers.map(script.rollout, (1, 2, 3)))
             row["env_frames_per_s_per_core"] = frames / (spent() - before)
     return row | {"population": P, "candidate_rollouts": R}
-
-
-class Held:
-    """Clips of noise: what stands before a dream that is to be timed alone."""
-
-    def __init__(self, video):
-        self.video, self.held_out = video, np.zeros((1, 2), int)
-
-    def get(self, windows):
-        return self.video[: len(windows)]
 
 
 def measure_video(script, flags, options):
@@ -316,17 +301,17 @@ def measure_video(script, flags, options):
     for suffix, more in kinds.items():
         args = script.parse_args(flags.split() + more)
         device = device_of(script, args)
-        shape = (args.image_size, args.image_width or args.image_size, 3)
-        agent, graph = script.Agent(args, shape, device), script.Graph if not suffix else lambda function, _: function
-        row |= {"parameters": sum(p.numel() for p in agent.trained), "clip_length": args.clip_length}
-
-        for stage, size in zip(script.STAGES, (args.tokenizer_batch_size, args.batch_size), strict=True):
-            video = torch.randint(0, 256, (size, args.clip_length, *shape), dtype=torch.uint8, device=device)
-            update, noise = graph(getattr(agent, f"update_{stage}"), device), agent.noise(stage, size, 0)
-            call = lambda update=update, video=video, noise=noise: update(video, noise)  # noqa: E731
-            rate(f"{stage}_frames_per_s{suffix}", size * args.clip_length, call, device)
-        dream = script.Dream(agent, Held(video.cpu().numpy()))
-        dream.graph = graph(agent.generate, device)
+        agent, graph = script.Agent(args, device), script.Graph if not suffix else lambda function, _: function
+        row |= {"parameters": sum(p.numel() for p in agent.parameters()), "clip_length": args.clip_length}
+        sizes = dict(tokenizer=args.tokenizer_batch_size, dynamics=args.batch_size)
+        for stage, (name, size) in enumerate(sizes.items()):
+            shape = size, args.clip_length, args.image_size, args.image_width, 3
+            video = torch.randint(0, 256, shape, dtype=torch.uint8, device=device)
+            update = graph(partial(agent.update, stage), device)
+            call = lambda update=update, video=video: update(video)  # noqa: E731
+            rate(f"{name}_frames_per_s{suffix}", size * args.clip_length, call, device)
+        dream = script.Dream(agent, agent.prompts)
+        dream.generate = graph(agent.generate, device)
         dream.reset(seed=0)
         rate(f"play_frames_per_s{suffix}", 1, lambda dream=dream: dream.step(0), device, options.act_repeats)
     return row
@@ -375,7 +360,7 @@ def main():
     script = load(options.script)
     result = {"script": script.__name__, "machine": machine(options), "cases": {}}
     print(" ".join(f"{key}={value}" for key, value in result["machine"].items()))
-    video = hasattr(script, "Clips")
+    video = hasattr(script, "Video")
     staged = video or hasattr(script, "dream_returns")
     if not staged:
         acting = f"act ms: {', '.join(map(str, ENVS.get(script.__name__, (1, 4, 16))))} envs"

@@ -1,38 +1,40 @@
 """genie.py: closed forms, masks and stop-gradients of the three models, video of all kinds, runs from end to end."""
 
-import csv
-import dataclasses
 import json
 import math
+import os
 import re
 import shutil
 import signal
 import socket
 import subprocess
 import sys
-import urllib.request
+import time
 
+import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, environment, lines, only_run, press_a_key, run_script, served, start_script
+import torch.distributed as dist
+from conftest import ROOT, checkpoint, environment, lines, metrics, only_run, run_script, scalars, tiny
+from gymnasium.utils.env_checker import check_env
+from PIL import Image
+from test_runs import same
+from test_shapes import commented, watch
 
 import genie as s
+from environments.pond import Pond
 
-SMALL = "--image-size 16 --patch 4 --lam-patch 8 --clip-length 4 --context 3 --num-codes 16 --num-actions 5 "
-SMALL += "--latent-dim 8 --encoder 1 16 2 8 --decoder 1 16 2 8 --lam-encoder 1 16 2 8 --lam-decoder 1 16 2 8 "
-SMALL += "--dynamics 1 16 2 8 --tokenizer-steps 6 --steps 6 --tokenizer-batch-size 4 --batch-size 4 --log-every 16 "
-SMALL += "--eval-every 0 --eval-episodes 8 --maskgit-steps 3 --num-envs 1 --no-cuda --no-compile --no-amp"
-SMALL = SMALL.split()
+slow = pytest.mark.slow
 SQUARE = ["--env-id", "toy_envs:Square-v0", "--total-timesteps", "400"]
 
 
 def make(*flags, seed=0, **values):
-    args = s.parse_args([*SMALL, *flags])
+    args = s.parse_args([*tiny(s), *flags])
     for key, value in values.items():
         setattr(args, key, value)
     torch.manual_seed(seed)
-    agent = s.Agent(args, (16, 16, 3))
+    agent = s.Agent(args)
     for parameter in agent.parameters():  # nothing is to be zero by accident
         parameter.data += 0.1 * torch.randn_like(parameter)
     return agent
@@ -45,12 +47,12 @@ def clip(batch=3, length=4, seed=0):
 # Maths
 
 
-@pytest.mark.parametrize("shape, size, count", [((64, 64, 3), 4, 256), ((90, 160, 3), 4, 920), ((90, 160, 1), 16, 60)])
-def test_patches_and_back(shape, size, count):
-    video = torch.rand(2, 3, *shape)
+@pytest.mark.parametrize("height, width, size, count", [(64, 64, 4, 256), (90, 160, 4, 920), (90, 160, 16, 60)])
+def test_patches_and_back(height, width, size, count):
+    video, args = torch.rand(2, 3, height, width, 3), s.Args(image_size=height, image_width=width)
     patches = s.patchify(video, size)
-    assert patches.shape == (2, 3, count, size**2 * shape[2]) and s.num_patches(size, shape) == count
-    assert torch.equal(s.unpatchify(patches, size, shape), video)
+    assert patches.shape == (2, 3, count, size**2 * 3) and s.num_patches(size, args) == count
+    assert torch.equal(s.unpatchify(patches, size, height, width), video)
     assert torch.equal(patches[0, 0, 1].view(size, size, -1), video[0, 0, :size, size : 2 * size])
 
 
@@ -64,29 +66,18 @@ def test_psnr_perplexity_and_mutual_information():
     assert s.mutual_information(np.zeros(9, int), np.zeros(9, int)) == 0
 
 
-def test_frechet_distance_of_gaussians():
-    rng = np.random.default_rng(0)
-    a = rng.normal(size=(200_000, 2))
-    assert s.frechet_distance(a, a) == pytest.approx(0, abs=1e-6)
-    assert s.frechet_distance(a, 3 * a + 5) == pytest.approx(2 * 25 + 2 * (3 - 1) ** 2, rel=0.02)
-
-
-def test_the_schedule_is_a_cosine():
-    masked = [256, *s.maskgit_schedule(256, 25)]
-    revealed = [a - b for a, b in zip(masked[:-1], masked[1:], strict=True)]
-    known = [1, 1, 3, 3, 5, 5, 6, 8, 8, 9, 10, 10, 12, 12, 13, 13, 14, 14, 15, 15, 15, 16, 16, 16, 16]
-    assert sorted(revealed) == sorted(known) and sum(revealed) == 256
-    for tokens, steps in ((64, 8), (1, 25), (920, 25)):
-        assert s.maskgit_schedule(tokens, steps)[-1] == 0
-
-
 def test_learning_rates():
-    agent = make(steps=1000, warmup=10, tokenizer_warmup=10)
+    agent = make(steps=1000, warmup=10, tokenizer_warmup=10, learning_rate=2e-3, final_rate=1e-4, tokenizer_rate=2e-3)
     rate = lambda stage, n: agent.rate(stage, torch.tensor(float(n))).item()  # noqa: E731
-    assert rate("tokenizer", 0) == pytest.approx(2e-4) and rate("tokenizer", 9) == rate("tokenizer", 900)
-    assert rate("dynamics", 10) == pytest.approx(2e-3) and rate("dynamics", 1000) == pytest.approx(1e-4)
-    assert rate("dynamics", 505) == pytest.approx((2e-3 + 1e-4) / 2)
-    assert agent.optimizers["dynamics"].param_groups[0]["betas"] == (0.9, 0.9)
+    assert rate(0, 0) == pytest.approx(2e-4) and rate(0, 9) == rate(0, 900)
+    assert rate(1, 10) == pytest.approx(2e-3) and rate(1, 1000) == pytest.approx(1e-4)
+    assert rate(1, 505) == pytest.approx((2e-3 + 1e-4) / 2)
+
+
+def test_a_shift_is_a_roll():
+    video = clip(2)
+    out = s.roll(video, torch.tensor([[3, 0], [-2, 5]]))
+    assert torch.equal(out[0], video[0].roll(-3, 1)) and torch.equal(out[1], video[1].roll((2, -5), (1, 2)))
 
 
 # Masks: nothing sees what comes later
@@ -106,11 +97,12 @@ def test_no_frame_sees_a_later_one():
     tokenizer, lam = agent.tokenizer, agent.lam
     latent = lambda v: tokenizer.encoder(tokenizer.patch_in(s.patchify(v / 255, 4)))[0]  # noqa: E731
     assert changes(latent, clip(), 2) == [2, 3]
-    action = lambda v: lam.latent(lam.patches(v, None))  # noqa: E731
-    assert changes(action, clip(), 2) == [1, 2]  # the action that leads to a frame sees it
-    assert changes(action, clip(), 0) == [0, 1, 2]
+    assert changes(lam.latent, clip(), 2) == [1, 2]  # the action that leads to a frame sees it
+    assert changes(lam.latent, clip(), 0) == [0, 1, 2]
     lam = make("--lam-change").lam
-    assert changes(action, clip(), 0) == [0] and changes(action, clip(), 2) == [1, 2]  # sees nothing else
+    assert changes(lam.latent, clip(), 0) == [0] and changes(lam.latent, clip(), 2) == [1, 2]  # sees nothing else
+    policy = s.Policy(agent.args, 5)
+    assert changes(policy, clip(), 2) == [2, 3]
     ids = torch.randint(16, (2, 4, 16))
     other = ids.clone()
     other[:, 2] = (ids[:, 2] + 1) % 16
@@ -121,8 +113,7 @@ def test_no_frame_sees_a_later_one():
 
 @torch.no_grad()
 def test_the_decoder_of_the_lam_knows_the_next_frame_by_its_code_alone():
-    agent = make()
-    lam, patches = agent.lam, agent.lam.patches(clip(), None)
+    lam, patches = make().lam, s.patchify(clip() / 255, 8)
     other = patches.clone()
     other[:, 3] = 1 - other[:, 3]
     code = torch.randn(3, 3, 8)
@@ -131,162 +122,137 @@ def test_the_decoder_of_the_lam_knows_the_next_frame_by_its_code_alone():
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("action_input", ["add", "token"])
-def test_a_frame_after_its_past_is_a_frame_of_the_whole(action_input):
-    agent = make("--action-input", action_input)
+def test_a_frame_after_its_past_is_a_frame_of_the_whole():
+    agent = make()
     ids, code = torch.randint(16, (2, 4, 16)), torch.randn(2, 4, 8)
     whole = agent.dynamics(ids, code)[0]
     past = agent.dynamics(ids[:, :3], code[:, :3])[1]
     torch.testing.assert_close(agent.dynamics(ids[:, 3:], code[:, 3:], past)[0], whole[:, 3:], rtol=1e-4, atol=1e-5)
 
 
-def test_attention_against_its_formula():
-    layer, x = s.Attention(16, 2, 8, over_time=True), torch.randn(2, 5, 3, 16)
-    query, key, value = (f(x).view(2, 5, 3, 2, 8) for f in (layer.query, layer.key, layer.value))
-    query, key = layer.query_norm(query), layer.key_norm(key)
-    score = torch.einsum("bqnhd,bknhd->bnhqk", query, key) / math.sqrt(8)
-    score = score.masked_fill(~torch.ones(5, 5, dtype=torch.bool).tril(), -math.inf)
-    expected = layer.out(torch.einsum("bnhqk,bknhd->bqnhd", score.softmax(-1), value).flatten(3))
-    torch.testing.assert_close(layer(x)[0], expected, rtol=1e-4, atol=1e-5)
-
-
 def test_what_is_masked():
-    agent = make(clip_length=16, clean_context=0.0)
-    masked = agent.noise("dynamics", 400, 0)["masked"]
+    torch.manual_seed(0)
+    masked = s.draw_masks((400, 16, 16), 0.0, "cpu")
     assert masked.shape == (400, 16, 16) and not masked[:, 0].any()
     rates = masked[:, 1:].float().mean((1, 2))
     assert 0.4 < rates.min() and rates.max() > 0.97 and rates.mean() == pytest.approx(0.75, abs=0.02)
     assert np.histogram(rates, 5, (0.5, 1))[0].min() > 50  # uniform
-    agent = make(clip_length=16, clean_context=1.0, corrupt=0.4)
-    noise = agent.noise("dynamics", 400, 0)
-    frames = noise["masked"].any(2)
+    frames = s.draw_masks((400, 16, 16), 1.0, "cpu").any(2)
     assert (frames[:, :-1] <= frames[:, 1:]).all() and frames[:, -1].all()  # clean ones come first
     assert len(set(frames.sum(1).tolist())) == 15
-    assert noise["corrupt"].float().mean() == pytest.approx(0.2, abs=0.02)
-    same = agent.noise("dynamics", 400, 0)
-    assert all(torch.equal(noise[key], same[key]) for key in noise)
 
 
-# Gradients: who gets them from what
+# Gradients: who gets them from what; codes
 
 
-@pytest.mark.parametrize("quantizer", ["vq", "fsq"])
-def test_straight_through(quantizer):
-    layer = make("--quantizer", quantizer).tokenizer.quantizer
-    x = torch.randn(7, layer.dim, requires_grad=True)
-    code, index, _ = layer(x)
+def test_straight_through_and_codes_that_move_towards_the_encoder():
+    layer, x = s.VQ(make().args, 5), torch.randn(7, 8, requires_grad=True)
+    code, index, loss, matched = layer(x)
     torch.testing.assert_close(code, layer.codes()[index], atol=1e-6, rtol=0)
-    weight = torch.randn_like(code)
-    (grad,) = torch.autograd.grad((code * weight).sum(), x)
-    squashed = torch.nn.functional.normalize(x, dim=-1) if quantizer == "vq" else x.tanh()
-    torch.testing.assert_close(grad, torch.autograd.grad((squashed * weight).sum(), x)[0])
-
-
-def test_codebook_and_encoder_move_towards_each_other():
-    layer, x = s.VQ(5, 8, 0.25, 50), torch.randn(7, 8, requires_grad=True)
-    code, _, loss = layer(x)
-    book, mine = torch.autograd.grad(loss, [layer.codebook, x])
-    code, index, _ = layer(x)
     e = torch.nn.functional.normalize(x, dim=-1)
+    torch.testing.assert_close(matched, e.detach())
+    weight = torch.randn_like(code)
+    (grad,) = torch.autograd.grad((code * weight).sum(), x, retain_graph=True)
+    torch.testing.assert_close(grad, torch.autograd.grad((e * weight).sum(), x, retain_graph=True)[0])
+    book, mine = torch.autograd.grad(loss, [layer.codebook, x])
     chosen = layer.codes()[index]
     expected = [(chosen - e.detach()).square().mean(), 0.25 * (e - chosen.detach()).square().mean()]
     torch.testing.assert_close(book, torch.autograd.grad(expected[0], layer.codebook, retain_graph=True)[0])
     torch.testing.assert_close(mine, torch.autograd.grad(expected[1], x)[0])
 
 
-@pytest.mark.parametrize("through", [False, True])
-def test_the_dynamics_give_the_lam_no_gradient(through):
-    agent = make(*["--lam-grad-through-dynamics"] * through)
-    agent.step = lambda stage, losses: found.append(losses) or {}
-    found = []
-    agent.update_dynamics(clip(), agent.noise("dynamics", 3, 0))
-    loss = found[0]["dynamics_loss"]
-    lam = torch.autograd.grad(loss, list(agent.lam.parameters()), allow_unused=True, retain_graph=True)
-    assert any(g is not None and g.abs().sum() > 0 for g in lam) == through
-    others = torch.autograd.grad(loss, list(agent.dynamics.parameters()), retain_graph=True)
+def test_the_dynamics_give_the_lam_no_gradient():
+    agent = make()
+    loss = agent.dynamics_loss(clip())[0]
+    lam = [*agent.lam.parameters(), *agent.tokenizer.parameters()]
+    grads = torch.autograd.grad(loss["dynamics_loss"], lam, allow_unused=True, retain_graph=True)
+    assert all(g is None for g in grads)
+    others = torch.autograd.grad(loss["dynamics_loss"], list(agent.dynamics.parameters()), retain_graph=True)
     assert all(g.abs().sum() > 0 for g in others)
-    tokenizer = torch.autograd.grad(sum(found[0].values()), list(agent.tokenizer.parameters()), allow_unused=True)
-    assert all(g is None for g in tokenizer)
+    own = torch.autograd.grad(sum(loss.values()), list(agent.tokenizer.parameters()), allow_unused=True)
+    assert all(g is None for g in own)
 
 
 def test_each_stage_changes_its_own_models():
     agent = make("--no-lam-change")  # with it the LAM's encoder has no time to attend over
     state = lambda: {k: v.clone() for k, v in agent.named_parameters()}  # noqa: E731
     first = state()
-    agent.update_tokenizer(clip(), agent.noise("tokenizer", 3, 0))
+    agent.update(0, clip())
     second = state()
-    agent.update_dynamics(clip(), agent.noise("dynamics", 3, 0))
+    agent.update(1, clip())
     third = state()
     for key in first:
         assert torch.equal(first[key], second[key]) != key.startswith("tokenizer"), key
         assert torch.equal(second[key], third[key]) == key.startswith("tokenizer"), key
+    assert agent.updates.tolist() == [1, 1]
 
 
-# Codes
+def test_shape_comments():
+    sizes = dict(B=3, T=5, L=4, N=35, P=35, V=37, A=7, C=16, D=10, E=48, H=20, W=28)
+    flags = "--video-dir none --image-size 20 --image-width 28 --patch 4 --lam-patch 4 --clip-length 5 --num-codes 37 "
+    agent = make(*f"{flags} --num-actions 7 --latent-dim 10".split())
+    video = torch.randint(256, (3, 5, 20, 28, 3), dtype=torch.uint8)
+
+    def run():
+        agent.update(0, video)
+        agent.update(1, video)
+        agent.show(agent.infer(video)[0])
+
+    checked, wrong = watch(s, commented(ROOT / "genie.py"), sizes, run)
+    assert not wrong, "\n".join(wrong)
+    assert len(checked) >= 20
 
 
 def test_dead_codes_restart_where_the_encoder_is():
-    layer = s.VQ(8, 4, 0.25, 3)
-    x, book = torch.randn(100, 4), layer.codebook.detach().clone()
-    index = torch.arange(100) % 2  # only two are used
-    for update in range(3):
+    args = make(latent_dim=4).args
+    layer, x = s.VQ(args, 8), torch.nn.functional.normalize(torch.randn(100, 4), dim=-1)
+    book, index = layer.codebook.detach().clone(), torch.arange(100) % 2  # only two are used
+    for update in range(50):
         assert torch.equal(layer.codebook, book), update
-        stats = layer.restart(x, index, torch.linspace(0, 0.99, 8))
+        stats = layer.restart(x, index)
     assert stats["restarts"] == 6 and stats["perplexity"].item() == pytest.approx(2, rel=1e-5)
     assert torch.equal(layer.codebook[:2], book[:2]) and not layer.idle.any()
-    near = torch.nn.functional.normalize(x, dim=-1) @ layer.codes()[2:].T
-    assert near.max(0).values.tolist() == pytest.approx([1] * 6, abs=1e-5)
-    layer = s.VQ(8, 4, 0.25, 0)
-    for _ in range(100):
-        layer.restart(x, index, torch.rand(8))
-    assert layer.idle.max() == 100  # 0: for ever
+    assert (x @ layer.codes()[2:].T).max(0).values.tolist() == pytest.approx([1] * 6, abs=1e-5)
 
 
 def test_centred_codes_do_not_collapse():
-    layer = s.VQ(4, 8, 0.25, 50, centre=True)
-    x = torch.randn(64, 3, 8) * 0.01 + torch.randn(8)  # nearly all the same
-    assert s.VQ(4, 8, 0.25, 50)(x)[1].unique().numel() <= 3
-    assert layer(x)[1].unique().numel() == 4
+    args = make().args
+    layer, x = s.VQ(args, 4, centre=True), torch.randn(64, 3, 8) * 0.01 + torch.randn(8)  # nearly all the same
+    assert s.VQ(args, 4)(x)[1].unique().numel() <= 3
     for _ in range(200):
-        layer.restart(x, layer(x)[1], torch.rand(4))
+        index = layer(x)[1]
+    assert index.unique().numel() == 4
     torch.testing.assert_close(layer.mean, x.mean((0, 1)), atol=1e-4, rtol=0)
-
-
-@pytest.mark.parametrize("codes, levels", [(1024, [5, 4, 3]), (6, [3, 2]), (8, [4, 2]), (1000, [5, 5, 5, 4, 2])])
-def test_finite_scalar_quantization_has_all_codes(codes, levels):
-    layer = s.FSQ(codes)
-    assert layer.codes().shape[0] == codes == math.prod(layer.levels.tolist())
-    code, index, loss = layer(torch.atanh(layer.codes() * 0.999))
-    assert torch.equal(index, torch.arange(codes)) and loss == 0
-    assert codes == 1024 or layer.levels.tolist() == levels
-    with pytest.raises(s.Failure, match="fsq"):
-        s.FSQ(7)
+    with torch.no_grad():
+        assert torch.equal(layer(x[:1])[1], index[:1])  # a clip alone
 
 
 # Sampling
 
 
-def test_a_perfect_model_reproduces_the_clip():
-    truth = torch.randint(16, (2, 16))
-    seen = []
+def test_a_perfect_model_reproduces_the_clip_along_a_cosine():
+    truth, seen = torch.randint(16, (2, 256)), []
 
     def predict(ids):
         seen.append(ids.clone())
         return 50 * torch.nn.functional.one_hot(truth, 16).float()
 
-    out = s.maskgit_sample(predict, 16, 16, 5, 1.0, torch.rand(5, 2, 16))
+    out = s.maskgit_sample(predict, torch.full((2, 256), 16), 16, 25, 1.0)
     assert torch.equal(out, truth)
-    masked = [(ids == 16).sum(1).tolist() for ids in seen]
-    assert masked == [[n, n] for n in [16, *s.maskgit_schedule(16, 5)[:-1]]]
+    masked = [(ids == 16).sum(1).tolist() for ids in [*seen, out]]
+    revealed = [a[0] - b[0] for a, b in zip(masked[:-1], masked[1:], strict=True)]
+    known = [1, 1, 3, 3, 5, 5, 6, 8, 8, 9, 10, 10, 12, 12, 13, 13, 14, 14, 15, 15, 15, 16, 16, 16, 16]
+    assert sorted(revealed) == known and all(a == b for a, b in masked)
     for before, after in zip(seen[:-1], seen[1:], strict=True):
         kept = before != 16
         assert torch.equal(before[kept], after[kept])
 
 
 def test_samples_follow_the_probabilities_and_the_temperature():
+    torch.manual_seed(0)
     logit = torch.tensor([0.2, 0.3, 0.5]).log()
     for temperature in (1.0, 2.0):
-        out = s.maskgit_sample(lambda ids: logit.expand(*ids.shape, 3), 1, 3, 1, temperature, torch.rand(1, 50_000, 1))
+        out = s.maskgit_sample(lambda ids: logit.expand(*ids.shape, 3), torch.full((50_000, 1), 3), 3, 1, temperature)
         expected = (logit / temperature).softmax(0)
         torch.testing.assert_close(out.flatten().bincount() / 50_000, expected, atol=0.01, rtol=0)
 
@@ -294,7 +260,11 @@ def test_samples_follow_the_probabilities_and_the_temperature():
 def test_rollouts_repeat_and_depend_on_actions():
     agent = make()
     ids, action = agent.infer(clip())
-    run = lambda a, seed: agent.rollout(ids[:, :2], a, torch.Generator().manual_seed(seed))  # noqa: E731
+
+    def run(action, seed):
+        torch.manual_seed(seed)
+        return agent.rollout(ids[:, :2], action)
+
     longer = torch.cat([action, action, action], 1)
     one = run(longer, 0)
     assert one.shape == (3, 2 + 9 - 1, 16) and torch.equal(one[:, :2], ids[:, :2]) and one.max() < 16
@@ -303,64 +273,25 @@ def test_rollouts_repeat_and_depend_on_actions():
     assert agent.show(one).shape == (3, 10, 16, 16, 3)
 
 
-@pytest.mark.parametrize(
-    "flags", ["--lam-input tokens", "--action-input token", "--quantizer fsq --num-codes 64", "--remat"]
-)
-def test_variants_update(flags):
-    agent = make(*flags.split(), *("--num-actions 6" if "fsq" in flags else "").split())
-    first = agent.update_tokenizer(clip(), agent.noise("tokenizer", 3, 0))
-    second = agent.update_dynamics(clip(), agent.noise("dynamics", 3, 0))
-    assert all(math.isfinite(value) for value in (first | second).values())
-
-
-def test_rematerialising_changes_nothing():
-    one, two = make(), make("--remat")
-    for agent in (one, two):
-        agent.update_dynamics(clip(), agent.noise("dynamics", 3, 0))
-    for a, b in zip(one.parameters(), two.parameters(), strict=True):
-        torch.testing.assert_close(a, b)
-
-
-def test_a_shift_is_a_roll():
-    video = clip(2)
-    out = s.roll(video, torch.tensor([[3, 0], [-2, 5]]))
-    assert torch.equal(out[0], video[0].roll(-3, 1)) and torch.equal(out[1], video[1].roll((2, -5), (1, 2)))
-
-
 # Presets
 
 
-def count(module):
-    return sum(p.numel() for p in module.parameters())
-
-
 @pytest.mark.parametrize(
-    "preset, flags, shape, sizes",
+    "preset, flags, sizes",
     [  # millions of tokenizer, LAM, dynamics
-        ("coinrun", "", (64, 64, 3), (67, 67, 51)),
-        ("coinrun", "--ffn 0.5", (64, 64, 3), (38, 38, 29)),
-        ("small", "", (64, 64, 3), (8.4, 8.4, 19.7)),
-        ("platformers", "", (90, 160, 3), (200, 336, 10_100)),  # LAM: 336 with attention alone; paper: 300
+        ("coinrun", "", (67, 67, 51)),
+        ("small", "", (8.4, 8.4, 19.7)),
+        ("platformers", "", (200, 336, 41)),  # LAM: 336 with attention alone; paper: 300
+        ("platformers", "--ffn 0.4 --dynamics 48 5120 36 128", (200, 336, 10_100)),
     ],
 )
-def test_parameter_counts_of_presets(preset, flags, shape, sizes):
+def test_parameter_counts_of_presets(preset, flags, sizes):
     args = s.parse_args(["--preset", preset, *flags.split()])
     with torch.device("meta"):
-        tokenizer = s.Tokenizer(args, shape, "meta")
-        lam = s.LatentActionModel(args, shape, tokenizer, "meta")
-        dynamics = s.Dynamics(args, tokenizer.tokens, lam.quantizer.dim, "meta")
-        video = torch.zeros(1, args.clip_length, *shape, dtype=torch.uint8)
-        ids, code = tokenizer.encode(video)
-        action = lam.encode(lam.patches(video, code))
-        logits = dynamics(ids, torch.zeros(1, args.clip_length, lam.quantizer.dim))[0]
-        assert tokenizer.decode(ids).shape == video.shape
-    tokens = {"coinrun": 256, "small": 64, "platformers": 920}[preset]
-    assert ids.shape == (1, 16, tokens) and action.shape == (1, 15) and logits.shape == (1, 16, tokens, 1024)
-    tolerance = 0.15 if preset == "platformers" else 0.1
-    for module, size in zip((tokenizer, lam, dynamics), sizes, strict=True):
-        assert count(module) / 1e6 == pytest.approx(size, rel=tolerance), type(module).__name__
-    if preset == "platformers":
-        assert count(dynamics) / 1e9 == pytest.approx(10.1, rel=0.01)
+        parts = s.Tokenizer(args), s.LatentActionModel(args), s.Dynamics(args)
+    for part, size in zip(parts, sizes, strict=True):
+        count = sum(p.numel() for p in part.parameters())
+        assert count / 1e6 == pytest.approx(size, rel=0.17 if preset == "platformers" else 0.1), type(part).__name__
 
 
 def test_the_coinrun_preset_is_appendix_f():
@@ -370,9 +301,10 @@ def test_the_coinrun_preset_is_appendix_f():
     paper |= dict(lam_decoder=(8, 512, 8, 64), dynamics=(12, 512, 8, 64), total_timesteps=10_000_000)
     paper |= dict(tokenizer_steps=300_000, tokenizer_batch_size=48, tokenizer_rate=3e-4, tokenizer_warmup=10_000)
     paper |= dict(steps=200_000, batch_size=36, learning_rate=3e-5, final_rate=3e-6, warmup=5_000, weight_decay=1e-4)
-    paper |= dict(maskgit_steps=25, temperature=1.0, action_repeat=1, lam_input="pixels", action_input="add")
+    paper |= dict(maskgit_steps=25, temperature=1.0, action_repeat=1, env_id="environments.procgen:coinrun-v0")
     assert {key: getattr(args, key) for key in paper} == paper
-    assert not (args.window_shift or args.clean_context or args.corrupt or args.clip or args.lam_shift)
+    assert args.env_kwargs == dict(start_level=0, num_levels=10_000, distribution_mode="hard", native=True)
+    assert not any((args.window_shift, args.clean_context, args.clip, args.lam_shift, args.lam_change, args.lam_centre))
 
 
 # Video
@@ -380,7 +312,7 @@ def test_the_coinrun_preset_is_appendix_f():
 
 def test_the_pond():
     """Each action turns the duck and moves it by its size around the pond, and no other thing; the boat sails on."""
-    env = s.gym.make("Pond-v0").unwrapped
+    env = gym.make("environments.pond:Pond-v0").unwrapped
     env.reset(seed=0)
     ducks = [np.array([list(line) for line in sprite]) for sprite in env.ducks]
     for action, move in enumerate([(0, 8), (0, -8), (8, 0), (-8, 0), (0, 0)] * 4):
@@ -390,183 +322,198 @@ def test_the_pond():
         assert set(map(tuple, expected)) == set(zip(*yellow, strict=True)) and env.sailed == sailed + 1
     assert len({duck.tobytes() for duck in ducks}) == 5
     assert not any(env.step(0)[3] for _ in range(179)) and env.step(0)[3]
+    env.reset(seed=1)
+    assert sum(env.step(env.expert())[1] for _ in range(200)) >= 196  # at most four steps away
 
 
-def windows_of(starts, length, tail=0.1, tmp=None):
-    starts = np.array(starts, bool)
-    clips = s.Clips(str(tmp), dict(frames=(2, 2, 3), actions=()), starts.shape[1], [0, 0, 0])
-    clips.append_from(0)
+def small_video(folder, starts, **values):
+    args = make(num_envs=starts.shape[1], clip_length=5, image_size=2, image_width=2).args
+    video = s.Video(str(folder), args)
     for t, row in enumerate(starts):
-        clips.add(np.full((starts.shape[1], 2, 2, 3), t), row, np.full(starts.shape[1], t))
-    clips.keep()
-    clips.flush()
-    clips.open(length, tail)
-    return clips
+        video.add(np.full((starts.shape[1], 2, 2, 3), t % 256, np.uint8), np.where(row, -1, t))
+    return video, args
 
 
 def test_clips_cross_no_start_and_the_tail_is_held_out(tmp_path):
-    rng = np.random.default_rng(0)
-    starts = rng.random((300, 3)) < 0.1
+    starts = np.random.default_rng(0).random((300, 3)) < 0.1
     starts[0] = True
-    clips = windows_of(starts, 5, tmp=tmp_path)
+    video, args = small_video(tmp_path, starts)
+    video.index()
     whole = {(t, e) for t in range(296) for e in range(3) if not starts[t + 1 : t + 5, e].any()}
-    assert {tuple(w) for w in clips.train} == {(t, e) for t, e in whole if t + 5 <= 270}
-    assert {tuple(w) for w in clips.held_out} == {(t, e) for t, e in whole if t >= 270}
-    frames = clips.get(clips.train[:7])
+    assert {tuple(w) for w in video.train} == {(t, e) for t, e in whole if t + 5 <= 270}
+    assert {tuple(w) for w in video.held_out} == {(t, e) for t, e in whole if t >= 270}
+    frames, action = video.get(video.train[:7], torch.device("cpu"))
     assert frames.shape == (7, 5, 2, 2, 3)
-    assert (frames[:, :, 0, 0, 0] == (clips.train[:7, :1] + np.arange(5)) % 256).all()
-    assert (clips.true_actions(clips.train[:7]) == clips.train[:7, :1] + np.arange(1, 5)).all()
+    assert (frames[:, :, 0, 0, 0].numpy() == (video.train[:7, :1] + np.arange(5)) % 256).all()
+    assert (action.numpy() == video.train[:7, :1] + np.arange(1, 5)).all()
+    os.truncate(tmp_path / "image", 36 * 200 + 5)  # what a kill leaves
+    again = s.Video(str(tmp_path), args)
+    assert again.count == 200 and os.path.getsize(tmp_path / "action") == 200 * 24
 
 
-def test_too_short_a_video_is_refused(refused, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    assert "too few clips" in refused(s, *SMALL, "--env-id", "toy_envs:Square-v0", "--total-timesteps", "8")
-
-
-def write_video(path, frames, fps=20):
+def write_video(path, levels, fps=20, size=(48, 64), codec="libx264", pixels="yuv420p", times=None, left=None, g="250"):
+    """A file of frames of these levels of grey; `times`: of each, in seconds; `left`: level of the left half."""
     av = pytest.importorskip("av")
     with av.open(str(path), "w") as file:
-        stream = file.add_stream("libx264", rate=fps)
-        stream.height, stream.width = frames[0].shape[:2]
-        for frame in frames:
-            file.mux(stream.encode(av.VideoFrame.from_ndarray(frame, "rgb24")))
+        stream = file.add_stream(codec, rate=fps)
+        (stream.height, stream.width), stream.pix_fmt, stream.options = size, pixels, {"g": g}
+        for i, level in enumerate(levels):
+            image = np.full((*size, 3), level, np.uint8)
+            if left is not None:
+                image[:, : size[1] // 2] = left
+            frame = av.VideoFrame.from_ndarray(image, "rgb24")
+            if times is not None:
+                frame.pts = round(times[i] * fps)
+            file.mux(stream.encode(frame))
         file.mux(stream.encode())
 
 
-def record_videos(folder, run, **values):
-    args = s.parse_args([*SMALL, "--video-dir", str(folder)])
-    for key, value in values.items():
-        setattr(args, key, value)
-    clips = s.Clips(str(run), s.source_shapes(args), 1, [0, 0, 0])
-    clips.append_from(0)
-    for _ in s.record_files(args, clips):
-        pass
-    clips.flush()
-    return clips
+def read(path, **values):
+    """Levels of grey of the frames that are read, and where a clip begins."""
+    args = make("--image-size", "16", **values).args
+    images, starts = zip(*s.read_frames(str(path), args), strict=True)
+    assert all(image.shape == (args.image_size, args.image_width, 3) for image in images)
+    return np.array([image.mean() for image in images]), [t for t, first in enumerate(starts) if first], images
 
 
-def test_video_files(tmp_path, capsys):
-    """Resampled, resized, cut; what is corrupt, empty or short is named and left out."""
+RAMP = np.linspace(20, 220, 40).astype(int)
+
+
+@pytest.mark.parametrize("fps, expected", [(10, RAMP), (20, RAMP[::2]), (30, RAMP[::3]), (5, np.repeat(RAMP, 2)[1:])])
+def test_files_of_any_rate(fps, expected, tmp_path):
+    write_video(tmp_path / "a.mp4", RAMP, fps)
+    levels, starts, _ = read(tmp_path / "a.mp4")
+    assert len(levels) == len(expected) and np.abs(levels - expected).max() < 6 and starts == [0]
+
+
+def test_files_of_a_variable_rate_and_with_a_clock_that_jumps(tmp_path):
+    times = np.cumsum(np.resize([0.05, 0.3, 0.1, 0.05], 40))
+    write_video(tmp_path / "a.mkv", RAMP, 20, times=times)
+    levels, starts, _ = read(tmp_path / "a.mkv")
+    ticks = times[0] + np.arange(len(levels)) / 10
+    assert np.abs(levels - RAMP[np.searchsorted(times, ticks - 1e-3)]).max() < 6 and starts == [0]
+    write_video(tmp_path / "b.mkv", RAMP, 20, times=np.arange(40) / 20 + 100 * (np.arange(40) >= 20))
+    levels, starts, _ = read(tmp_path / "b.mkv")
+    assert len(levels) == 20 and starts == [0, 10]  # nothing stands still for 100 seconds
+    for name, ramp in ("c", RAMP), ("d", RAMP[::-1]):
+        write_video(tmp_path / f"{name}.ts", ramp, 20)
+    joined = (tmp_path / "c.ts").read_bytes() + (tmp_path / "d.ts").read_bytes()
+    (tmp_path / "joined.ts").write_bytes(joined)
+    levels, starts, _ = read(tmp_path / "joined.ts", cut=1.0)
+    assert len(levels) in (39, 40) and len(starts) == 2, (len(levels), starts)  # the second one's clock starts anew
+
+
+def test_files_of_other_sizes_pixels_and_directions(tmp_path):
+    write_video(tmp_path / "odd.mkv", RAMP, 10, size=(33, 47), codec="ffv1", pixels="bgr0")
+    write_video(tmp_path / "grey.mkv", RAMP, 10, codec="ffv1", pixels="gray")
+    write_video(tmp_path / "alpha.mov", RAMP, 10, codec="png", pixels="rgba")
+    first, *others = (Image.new("L", (20, 20), int(level)) for level in RAMP)
+    first.save(tmp_path / "a.gif", save_all=True, duration=100, append_images=others)
+    for name in ("odd.mkv", "grey.mkv", "alpha.mov", "a.gif"):
+        levels, starts, _ = read(tmp_path / name)
+        assert len(levels) == 40 and np.abs(levels - RAMP).max() < 6 and starts == [0], name
+    ffmpeg = [pytest.importorskip("imageio_ffmpeg").get_ffmpeg_exe(), "-loglevel", "error"]
+    write_video(tmp_path / "wide.mp4", [200] * 40, 10, left=30)
+    for turn in ("0", "90", "180", "270"):
+        path = str(tmp_path / f"turned_{turn}.mp4")
+        command = [*ffmpeg, "-display_rotation", turn, "-i", str(tmp_path / "wide.mp4"), "-c", "copy", path]
+        subprocess.run(command, check=True)
+        command = [*ffmpeg, "-i", path, "-s", "16x16", "-f", "rawvideo", "-pix_fmt", "rgb24", "-"]
+        shown = subprocess.run(command, capture_output=True, check=True).stdout  # upright, as players show it
+        shown = np.frombuffer(shown, np.uint8).reshape(-1, 16, 16, 3)[5]
+        assert np.abs(read(path)[2][5].astype(int) - shown).mean() < 12, turn
+
+
+def test_damaged_files(tmp_path):
+    """What is damaged is left out, and a clip begins after it."""
+    write_video(tmp_path / "a.mp4", np.resize(RAMP, 400), 10, g="20", size=(240, 320))
+    whole = bytearray((tmp_path / "a.mp4").read_bytes())
+    middle = len(whole) // 2
+    whole[middle : middle + 60] = np.random.default_rng(0).bytes(60)
+    (tmp_path / "b.mp4").write_bytes(whole)
+    levels, starts, _ = read(tmp_path / "b.mp4", cut=1.0)
+    assert 300 < len(levels) < 400 and len(starts) == 2
+    good = np.resize(RAMP, 400)
+    assert np.abs(levels[: starts[1]] - good[: starts[1]]).max() < 6
+    assert np.abs(levels[starts[1] :] - good[starts[1] - len(levels) :]).max() < 6
+
+
+def test_a_folder_of_files(tmp_path, capsys):
+    """Resized, cut; what is empty, short or no video is named and left out; what is new is added later."""
     folder = tmp_path / "videos"
     (folder / "deeper").mkdir(parents=True)
-    dark, bright = np.full((48, 64, 3), 20, np.uint8), np.full((48, 64, 3), 220, np.uint8)
-    write_video(folder / "a.mp4", [dark] * 40 + [bright] * 40)  # 4 s at 20 frames/s
-    write_video(folder / "deeper/b.mp4", [bright] * 30, fps=10)
-    write_video(folder / "short.mp4", [dark] * 3, fps=10)
+    write_video(folder / "a.mp4", [20] * 40 + [220] * 40)  # 4 s at 20 frames/s
+    write_video(folder / "deeper/b.mp4", [220] * 30, fps=10)
+    write_video(folder / "short.mp4", [20] * 3, fps=10)
+    write_video(folder / "one.mp4", [20], fps=10)
     (folder / "empty.mp4").write_bytes(b"")
     (folder / "noise.mkv").write_bytes(np.random.default_rng(0).bytes(5000))
-    whole = (folder / "a.mp4").read_bytes()
-    (folder / "half.mp4").write_bytes(whole[: len(whole) // 2])
     (folder / "notes.txt").write_text("no video")
-    clips = record_videos(folder, tmp_path / "run")
-    assert clips.kept == [70, 6, 4]
-    told = capsys.readouterr().err.splitlines()
-    assert len(told) == 5 and all("left out" in line for line in told) and told[-1].startswith("4 of 6 files")
-    for name in ("short", "empty", "noise", "half"):
+    args = make("--video-dir", str(folder)).args
+    video = s.record(args, str(tmp_path / "run")).index()
+    out = capsys.readouterr()
+    told = [line for line in lines((out.out + out.err).replace("\r", "\n")) if "skipped" in line or "used" in line]
+    assert told[-1] == "2 of 6 files are used, 70 frames" and len(told) == 5
+    for name in ("short", "one", "empty", "noise"):
         assert any(name in line for line in told)
-    clips.open(4)
-    assert np.flatnonzero(clips.map("starts")[:, 0]).tolist() == [0, 20, 40]
-    assert abs(int(clips.frames[0].mean()) - 20) < 8 and abs(int(clips.frames[69].mean()) - 220) < 8
-    assert clips.true_actions(clips.train) is None
-    none = record_videos(folder, tmp_path / "none", cut=1.0)
-    assert np.flatnonzero(none.map("starts")[:, 0]).tolist() == [0, 40]
-
-
-def test_a_folder_without_video_is_refused(refused, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "a").mkdir()
-    assert "no video files" in refused(s, *SMALL, "--video-dir", "a")
-    (tmp_path / "a/b.mp4").write_bytes(b"nothing")
-    with pytest.raises(SystemExit) as error:
-        s.main([*SMALL, "--video-dir", "a"])
-    assert error.value.code == 2
+    assert np.flatnonzero(video.action[:, 0] < 0).tolist() == [0, 20, 40]
+    assert abs(int(video.image[0].mean()) - 20) < 8 and abs(int(video.image[69].mean()) - 220) < 8
+    before = (tmp_path / "run/image").read_bytes()
+    write_video(folder / "aa.mp4", [100] * 30, fps=10)
+    video = s.record(args, str(tmp_path / "run")).index()
+    assert video.count == 100 and (tmp_path / "run/image").read_bytes()[: len(before)] == before
+    shutil.rmtree(folder)
+    assert s.record(args, str(tmp_path / "run")).count == 100
 
 
 # Runs
 
 
-def metrics(run):
-    with open(run / "metrics.csv", newline="") as file:
-        return [row for row in csv.reader(file) if row[1] != "charts/SPS"]
-
-
-def checkpoint(run):
-    return torch.load(run / "checkpoint.pt", weights_only=True)
-
-
-def same(a, b, path="checkpoint"):
-    if isinstance(a, torch.Tensor):
-        assert torch.equal(a, b), path
-    elif isinstance(a, dict):
-        assert a.keys() == b.keys(), path
-        for key in a:
-            same(a[key], b[key], f"{path}.{key}")
-    else:
-        assert a == b, path
-
-
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     folder = tmp_path_factory.mktemp("genie")
-    flags = [*SQUARE, *SMALL, "--eval-every", "96"]
-    result = run_script(s, *flags, cwd=folder)
-    assert not lines(result.stderr)
+    result = run_script(s, *SQUARE, *tiny(s), "--eval-every", "96", cwd=folder)
+    assert not [line for line in lines(result.stderr) if "recording" not in line]
     return only_run(folder)
 
 
-def test_help_shows_every_field(tmp_path):
-    out = run_script(s, "--help", cwd=tmp_path).stdout
-    for field in dataclasses.fields(s.Args):
-        assert re.search(rf"--(no-)?{field.name.replace('_', '-')}(?![a-z])", out), field.name
-    assert all(f"{preset}: " in re.sub(r"\s+", " ", out) for preset in s.PRESETS)
+@pytest.fixture
+def copy(finished, tmp_path):
+    return shutil.copytree(finished, tmp_path / "runs" / finished.name)
 
 
-def test_import_runs_nothing(tmp_path):
-    command = [sys.executable, "-c", "import genie", "--no-such-flag"]
-    result = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True)
-    assert (result.returncode, result.stdout, result.stderr) == (0, "", "") and not any(tmp_path.iterdir())
+def load(run):
+    args = s.parse_args(["--evaluate", str(run), "--no-cuda"])
+    return s.load_run(args, str(run)), args
 
 
 def test_a_run_from_end_to_end(finished):
-    keys = {row[1] for row in metrics(finished)}
-    assert {"losses/tokenizer_recon_loss", "losses/lam_recon_loss", "losses/dynamics_loss"} <= keys
-    assert {"eval/tokenizer_psnr", "eval/action_information", "eval/delta_psnr", "eval/masked_accuracy"} <= keys
-    assert checkpoint(finished)["updates"] == 12 and checkpoint(finished)["kept"] == [400, 0, 0]
+    rows = scalars(finished)
+    assert {"losses/tokenizer_recon_loss", "losses/lam_recon_loss", "losses/dynamics_loss"} <= rows.keys()
+    assert {"eval/tokenizer_psnr", "eval/action_information", "eval/delta_psnr", "eval/masked_accuracy"} <= rows.keys()
+    assert checkpoint(finished)["agent"]["updates"].tolist() == [6, 6]
+    assert os.path.getsize(finished / "video/action") == 400 * 8
 
 
-@pytest.mark.slow
-def test_evaluate_and_videos(finished):
-    one, two = (run_script(s, "--evaluate", finished, "--capture-video", cwd=finished).stdout for _ in range(2))
-    assert one == two and "eval/inverse_information" in one
-    assert "latent_actions.mp4" in one and (finished / "videos/latent_actions.mp4").stat().st_size > 1000
-    run_script(s, "--play", finished, "--capture-video", cwd=finished)
-    assert (finished / "videos/dream.mp4").stat().st_size > 1000
-
-
-def test_readme_explains_every_key(finished):
-    readme = (ROOT / "docs/genie.md").read_text()
-    keys = {row[1] for row in metrics(finished)[1:]} | {"video/latent_actions", "eval/inverse_accuracy"}
-    patterns = [re.sub(r"<\w+>", r"\\w+", key) for key in re.findall(r"`(\w+/[^`]+)`", readme)]
+def test_the_docs_explain_every_key(finished):
+    documented = re.findall(r"`(\w+/[^`]+)`", (ROOT / "docs/genie.md").read_text())
+    patterns = [re.sub(r"<\w+>", r"\\w+", key) for key in documented]
+    keys = {*scalars(finished), "video/latent_actions"}
     assert not [key for key in keys if not any(re.fullmatch(pattern, key) for pattern in patterns)]
 
 
-def test_fvd_by_the_users_network(finished, tmp_path):
-    class Mean(torch.nn.Module):
-        def forward(self, video):
-            return video.mean((3, 4)).flatten(1)[:, :3]
-
-    torch.jit.script(Mean()).save(tmp_path / "network.pt")
-    agent, clips = s.load_run(args := s.parse_args(["--evaluate", str(finished)]), str(finished))
-    assert "eval/fvd" not in s.evaluate(agent, args, clips)
-    args.fvd = str(tmp_path / "network.pt")
-    assert s.evaluate(agent, args, clips)["eval/fvd"] > 0
+def test_evaluate_repeats_and_records_again_what_is_gone(copy):
+    one, two = (run_script(s, "--evaluate", copy, cwd=copy).stdout for _ in range(2))
+    before = {path.name: path.read_bytes() for path in (copy / "video").iterdir()}
+    shutil.rmtree(copy / "video")
+    again = run_script(s, "--evaluate", copy, cwd=copy).stdout
+    assert one == two == again and "eval/action_information" in one
+    assert before == {path.name: path.read_bytes() for path in (copy / "video").iterdir()}
 
 
-def test_dreams_are_reproducible(finished):
-    from gymnasium.utils.env_checker import check_env
-
-    args = s.parse_args(["--play", str(finished)])
-    dream = s.Dream(*s.load_run(args, args.play))
+def test_dreams_are_reproducible_and_need_no_video(copy):
+    shutil.rmtree(copy / "video")
+    dream = s.Dream(*load(copy)[0])
 
     def frames(seed, shift=0):
         first, info = dream.reset(seed=seed)
@@ -575,191 +522,229 @@ def test_dreams_are_reproducible(finished):
     one, two, other = frames(3), frames(3), frames(4)
     assert all(map(np.array_equal, one, two)) and not all(map(np.array_equal, one, other))
     check_env(dream)
+    assert not (copy / "video").exists()
 
 
-def test_training_never_reads_the_actions(tmp_path):
-    """The file is gone as soon as training starts, and the run is the same."""
-    (tmp_path / "with").mkdir(), (tmp_path / "without").mkdir()
-    run_script(s, *SQUARE, *SMALL, cwd=tmp_path / "with")
+@pytest.mark.parametrize(
+    "kind", "L.png LA.png P.gif RGB.jpg RGBA.webp 1.png CMYK.tiff I;16.png F.tiff turned.png".split()
+)
+def test_a_dream_starts_from_any_picture(finished, kind, tmp_path):
+    """The left half of the picture is dark, the right one bright: of any mode, size and, by its tag, direction."""
+    (mode, _), path, grey = kind.split("."), tmp_path / kind, np.full((61, 90), 240, np.uint8)
+    grey[:, :45] = 0
+    image, tag = Image.fromarray(grey), Image.Exif()
+    if mode == "turned":
+        image, tag[0x0112] = Image.fromarray(np.rot90(grey)), 6  # to be turned by a quarter to the right
+    elif mode in ("I;16", "F"):
+        image = Image.fromarray(grey.astype(np.uint16) * 257 if mode == "I;16" else grey.astype(np.float32) / 255)
+    else:
+        image = image.convert(mode)
+    image.save(path, **dict(exif=tag) if tag else {})
+    dream = s.Dream(*load(finished)[0])
+    real = dream.reset(seed=0, options={"prompt": str(path)})[1]["real"]["image"]
+    assert real.shape == (16, 16, 3) and real[:, :7].mean() < 10 and real[:, 9:].mean() > 220
+    assert dream.ids.shape[1] == 1 and [dream.step(1)[0]["image"].shape for _ in range(5)] == [(16, 16, 3)] * 5
+
+
+def test_play_with_a_prompt(copy, tmp_path):
+    Image.new("RGB", (50, 40), "red").save(tmp_path / "red.png")
+    flags = [copy, "--no-cuda", "--video", "--prompt", tmp_path / "red.png"]
+    command = [sys.executable, str(ROOT / "play.py"), *map(str, flags)]
+    result = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+    video = pytest.importorskip("imageio.v3").imread(copy / "videos/dream.mp4")
+    beside = video[7, :, 300:]  # what it started from
+    assert len(video) in (199, 200) and np.abs(beside.mean((0, 1)) - [255, 0, 0]).max() < 30
+
+
+def test_training_never_reads_the_actions(finished, tmp_path):
+    """They are gone as soon as training starts, and the run is the same."""
     patch = """
-import os
-whole = s.Clips.open
-def open_(self, *args):
-    os.remove(f"{self.folder}/actions.bin")
-    return whole(self, *args)
-s.Clips.open = open_
+import numpy as np
+whole = s.Video.index
+def index(self):
+    actions = np.fromfile(f"{self.folder}/action", np.int64)
+    np.minimum(actions, 0).tofile(f"{self.folder}/action")
+    return whole(self)
+s.Video.index = index
 """
-    run_script(s, *SQUARE, *SMALL, cwd=tmp_path / "without", patch=patch)
-    runs = [only_run(tmp_path / name) for name in ("with", "without")]
-    same(checkpoint(runs[0])["agent"], checkpoint(runs[1])["agent"])
-    assert metrics(runs[0]) == metrics(runs[1]) and not (runs[1] / "video/actions.bin").exists()
+    run_script(s, *SQUARE, *tiny(s), cwd=tmp_path, patch=patch)
+    same(checkpoint(finished)["agent"], checkpoint(only_run(tmp_path))["agent"])
+    assert not np.fromfile(only_run(tmp_path) / "video/action", np.int64).max()
 
 
-STOP = "whole = s.{0}\ndef f(self, *a):\n  if {1}: os.kill(os.getpid(), 15)\n  return whole(self, *a)\ns.{0} = f"
-STOPS = {  # code that stops a run in each of its stages
-    "recording": STOP.format("Clips.add", "self.count == 150"),
-    "tokenizer": STOP.format("Agent.update_tokenizer", "self.updates[0] == 3"),
-    "dynamics": STOP.format("Agent.update_dynamics", "self.updates[1] == 3"),
-}
+STOP = """
+import os
+whole = s.Agent.update
+def update(self, stage, video):
+    if (stage, self.updates[stage]) == ({}, 3): os.kill(os.getpid(), {})
+    return whole(self, stage, video)
+s.Agent.update = update
+"""
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("stage", STOPS)
-def test_resume_is_exact_in_each_stage(stage, finished, tmp_path):
-    flags = [*SQUARE, *SMALL, "--eval-every", "96"]
-    patch = "import os\nwait, ticks = s.time.time, iter(range(10**9))\ns.time.time = lambda: wait() + 2 * next(ticks)\n"
-    result = run_script(s, *flags, cwd=tmp_path, patch=patch + STOPS[stage], code=128 + signal.SIGTERM)
+@slow
+@pytest.mark.parametrize("stage, number", [(0, signal.SIGTERM), (1, signal.SIGINT), (1, signal.SIGKILL)])
+def test_resume_is_exact(stage, number, finished, tmp_path):
+    """What an update draws follows from its number: a run that was stopped ends as one that was not."""
+    flags = [*SQUARE, *tiny(s), "--eval-every", "96", "--save-every", 16]
+    killed = number == signal.SIGKILL
+    patch = STOP.format(stage, int(number))
+    result = run_script(s, *flags, cwd=tmp_path, patch=patch, code=-number if killed else 128 + number)
     run = only_run(tmp_path)
-    assert f"--resume runs/{run.name}" in result.stdout.splitlines()[-1]
-    state = checkpoint(run)
-    assert (state["kept"][0] < 400) == (stage == "recording") and state["updates"] < 12
-    assert (state["updates"] > 6) == (stage == "dynamics")
+    assert killed or f"--resume runs/{run.name}" in result.stdout.splitlines()[-1]
+    updates = [3 + (not killed), 0] if stage == 0 else [6, 3 + (not killed)]
+    assert checkpoint(run)["agent"]["updates"].tolist() == updates
+    time.sleep(1.1)  # TensorBoard reads files in the order of their names, which hold the second
     run_script(s, "--resume", run, cwd=tmp_path)
-    same(checkpoint(finished)["agent"], checkpoint(run)["agent"])
-    assert metrics(finished) == metrics(run)
-    for name in ("frames", "starts", "actions"):
-        assert (finished / f"video/{name}.bin").read_bytes() == (run / f"video/{name}.bin").read_bytes(), name
+    same(checkpoint(finished), checkpoint(run))
+    evaluations = [[row for row in metrics(x) if row[1].startswith("eval/")] for x in (finished, run)]
+    assert evaluations[0] == evaluations[1] and len(evaluations[0]) > 9
 
 
-def test_killed_after_a_save(finished, tmp_path):
-    flags = [*SQUARE, *SMALL, "--eval-every", "96", "--save-every", "0"]
-    process = start_script(s, *flags, cwd=tmp_path)
+@slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_a_recording_that_was_stopped_goes_on(number, tmp_path):
+    patch = "import os\nwhole = s.Video.add\ndef add(self, *a):\n  whole(self, *a)\n"
+    patch += f"  if self.count == 150: os.kill(os.getpid(), {int(number)})\ns.Video.add = add"
+    code = -number if number == signal.SIGKILL else 128 + number
+    run_script(s, *SQUARE, *tiny(s), cwd=tmp_path, patch=patch, code=code)
     run = only_run(tmp_path)
-    while not (run / "checkpoint.pt").exists():
-        assert process.poll() is None
-    process.kill()
-    process.communicate()
+    first = (run / "video/image").read_bytes()
+    assert len(first) == 150 * 768 and not (run / "checkpoint.pt").exists()
     run_script(s, "--resume", run, cwd=tmp_path)
-    same(checkpoint(finished)["agent"], checkpoint(run)["agent"])
-    assert metrics(finished) == metrics(run)
+    actions = np.fromfile(run / "video/action", np.int64)
+    assert len(actions) == 400 and actions[150] == -1  # a new episode
+    assert (run / "video/image").read_bytes()[: len(first)] == first
+    assert checkpoint(run)["agent"]["updates"].tolist() == [6, 6]
 
 
-def test_no_room_for_the_video(tmp_path):
-    """One line, and when there is room again the recording goes on."""
-    patch = "import resource\nresource.setrlimit(resource.RLIMIT_FSIZE, (2_000_000, -1))\n"
-    flags = [*SQUARE, *SMALL, "--total-timesteps", "4000"]
-    result = run_script(s, *flags, cwd=tmp_path, patch=patch, code=2)
-    assert "no room for the video" in result.stderr.splitlines()[-1] and "--resume" in result.stderr.splitlines()[-1]
-    run = only_run(tmp_path)
-    assert 0 < checkpoint(run)["kept"][0] * 768 <= 2_000_000
-    run_script(s, "--resume", run, cwd=tmp_path)
-    assert checkpoint(run)["kept"][0] == 4000
-
-
-def test_video_that_is_gone_is_recorded_again(finished, tmp_path):
-    run = shutil.copytree(finished, tmp_path / "run", ignore=shutil.ignore_patterns("video"))
-    s.load_run(s.parse_args(["--play", str(run)]), str(run))
-    for name in ("frames", "starts", "actions"):
-        assert (finished / f"video/{name}.bin").read_bytes() == (run / f"video/{name}.bin").read_bytes(), name
+def test_a_finished_run_is_extended(copy, tmp_path):
+    run_script(s, "--resume", copy, "--steps", 9, cwd=tmp_path)
+    assert checkpoint(copy)["agent"]["updates"].tolist() == [6, 9]
+    assert os.path.getsize(copy / "video/action") == 400 * 8
 
 
 def test_the_published_run_can_be_played(tmp_path):
     """In half precision, without optimizers and video: each code is a move of the duck, and each move has a code."""
     published = ROOT / "benchmarks/results/genie__Pond-v0__tiny__seed1"
     assert sum(path.stat().st_size for path in published.glob("*.*")) < 2e6
-    run = shutil.copytree(published, tmp_path / "run", ignore=shutil.ignore_patterns("video"))
-    args = s.parse_args(["--play", str(run), "--no-cuda"])
-    dream = s.Dream(*s.load_run(args, args.play))
+    dream, moves = s.Dream(*load(published)[0]), set()
 
     def place(image):
-        yellow = np.abs(image.astype(int) - s.Pond.colours["y"]).max(-1) < 60
+        yellow = np.abs(image["image"].astype(int) - Pond.colours["y"]).max(-1) < 60
         return np.divmod(yellow.reshape(4, 8, 4, 8).sum((1, 3)).argmax(), 4)
 
-    moves = set()
     for action in range(dream.action_space.n):
-        places = [place(dream.reset(seed=1)[0]["image"])]
-        places += [place(dream.step(action)[0]["image"]) for _ in range(20)]
+        places = [place(dream.reset(seed=1)[0])] + [place(dream.step(action)[0]) for _ in range(20)]
         steps = (np.diff(places, axis=0) + 1) % 4 - 1
-        (move, count) = max(zip(*np.unique(steps, axis=0, return_counts=True), strict=True), key=lambda pair: pair[1])
-        assert count >= 15, steps
-        moves.add(tuple(move))
-    assert moves == {tuple(move) for move in s.Pond.moves // 8}
+        found, counts = np.unique(steps, axis=0, return_counts=True)
+        assert counts.max() >= 14, steps
+        moves.add(tuple(found[counts.argmax()]))
+    assert moves == {tuple(move) for move in Pond.moves // 8}
 
 
-def test_the_page(finished):
-    """Other keys than those of the latent actions change nothing."""
-    with served(s, finished) as url:
-        states = []
-        for path in ("/reset", "/step?key=ArrowLeft", "/step?key=x", "/step?key=d"):
-            with urllib.request.urlopen(url + path, timeout=20) as reply:
-                states.append(json.loads(reply.read()))
-    assert [state["text"] for state in states] == ["a new dream", "step 1", "step 1", "step 2"]
-    assert states[1]["dream"] == states[2]["dream"] and len(states[0]["keys"].split()) == 5
+def test_clone(copy, capsys):
+    """The table has a row for each number of labels, random play returns what it should."""
+    flags = "--env-id environments.pond:Pond-v0 --clone-timesteps 1500 --clone-steps 5 --eval-episodes 4".split()
+    out = run_script(s, "--clone", copy, *flags, cwd=copy).stdout
+    rows = dict(re.findall(r"^(.+): (-?[\d.]+) ± [\d.]+$", out, re.MULTILINE))
+    assert len(rows) == 11 and 2 < float(rows["random play"]) < 35  # 12.5 expected
+    actions = np.fromfile(copy / "expert/action", np.int64)
+    assert len(actions) == 1500 and set(actions) == {-1, 0, 1, 2, 3, 4}
 
 
-def test_the_page_in_a_browser(finished, tmp_path):
-    with served(s, finished) as url:
-        press_a_key(url, tmp_path)
-
-
-def test_what_does_not_fit_is_refused(finished, refused, tmp_path, monkeypatch):
+def test_what_does_not_fit_is_refused(copy, refused, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    saved = (finished / "checkpoint.pt").read_bytes()
-    for flag in ("--num-codes 32", "--clip-length 8", "--env-id CartPole-v1", "--steps 9"):
-        assert "cannot change" in refused(s, "--resume", finished, *flag.split())
-    assert "pixels" in refused(s, *SMALL, "--env-id", "CartPole-v1", "--obs", "state")
-    assert "--context" in refused(s, *SMALL, "--context", "4")
-    assert "fsq" in refused(s, *SQUARE, *SMALL, "--quantizer", "fsq", "--num-actions", "7")
-    assert "GB are free" in refused(s, *SMALL, *SQUARE[:2], "--total-timesteps", 10**13)
-    assert "one image" in refused(s, *SMALL, "--env-id", "toy_envs:Mixed-v0")
-    assert "not a run directory" in refused(s, "--play", tmp_path)
-    (finished / "checkpoint.pt").write_bytes(saved[:1000])
-    try:
-        assert "cannot be read" in refused(s, "--play", finished)
-    finally:
-        (finished / "checkpoint.pt").write_bytes(saved)
+    (tmp_path / "videos").mkdir()
+    for flag in ("--num-envs 2", "--image-size 32", "--video-dir videos"):
+        assert "has its video" in refused(s, "--resume", copy, *flag.split())
+    assert "has its video" in refused(s, "--evaluate", copy, "--video-dir", "videos")
+    assert "other sizes" in refused(s, "--resume", copy, "--num-codes", "32")
+    assert "no video files" in refused(s, *tiny(s), "--video-dir", "videos")
+    (tmp_path / "videos/a.mp4").write_bytes(b"nothing")
+    assert "can be used" in run_script(s, *tiny(s), "--video-dir", "videos", cwd=tmp_path, code=1).stderr
+    assert "--obs" in refused(s, *tiny(s), "--env-id", "CartPole-v1", "--obs", "state")
+    assert "--context" in refused(s, *tiny(s), "--context", "4")
+    assert "--image-width" in refused(s, *tiny(s), "--image-width", "32")
+    assert "--steps 0" in refused(s, *tiny(s), "--steps", "0")
+    assert "one image" in refused(s, *tiny(s), "--env-id", "toy_envs:Mixed-v0", "--total-timesteps", 50)
+    assert "no_such" in refused(s, *tiny(s), "--env-id", "no_such:Thing-v0")
+    assert "too few clips" in refused(s, *tiny(s), *SQUARE[:2], "--total-timesteps", "8")
+    assert "no run of genie" in refused(s, "--evaluate", tmp_path)
+    os.truncate(copy / "checkpoint.pt", 1000)
+    assert "not whole" in refused(s, "--evaluate", copy)
 
 
 def test_a_loss_that_is_not_finite(tmp_path):
-    patch = "whole = s.Agent.update_dynamics\ndef f(self, *a):\n  self.dynamics.embed.data.fill_(float('nan'))\n"
-    patch += "  return whole(self, *a)\ns.Agent.update_dynamics = f"
-    result = run_script(s, *SQUARE, *SMALL, cwd=tmp_path, patch=patch, code=2)
-    (line,) = lines(result.stderr)
-    assert "losses/dynamics_loss is nan" in line and "update 6" in line
+    patch = "whole = s.Agent.dynamics_loss\ndef f(self, *a):\n  self.dynamics.embed.data.fill_(float('nan'))\n"
+    patch += "  return whole(self, *a)\ns.Agent.dynamics_loss = f"
+    result = run_script(s, *SQUARE, *tiny(s), cwd=tmp_path, patch=patch, code=1)
+    line = next(line for line in result.stderr.splitlines() if "not finite" in line)
+    assert "losses/dynamics_loss" in line and "update 7" in line and "Traceback" not in result.stderr
 
 
 # Several processes
 
 
-def torchrun(*args, cwd):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    launch = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(port)]
-    command = [sys.executable, *launch, str(ROOT / "genie.py"), *map(str, args)]
-    result = subprocess.run(command, cwd=cwd, env=environment(), capture_output=True, text=True, timeout=300)
-    assert result.returncode == 0, result.stderr
+def updates(rank, world, folder):
+    """Updates of both stages of one process with its share of the batch, without chance; leaves gradients and agent."""
+    torch.set_num_threads(1)
+    if world > 1:
+        dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=world)
+    s.draw_masks = lambda shape, *_: torch.arange(math.prod(shape)).view(shape) % math.prod(shape[1:]) % 3 > 0
+    agent, grads = make("--lam-shift", "0", "--window-shift", "0"), []
+    for step in range(60):  # codes restart
+        for stage in (0, 1):
+            agent.update(stage, clip(4, seed=step).chunk(world)[rank])
+            if step == 0:
+                grads += [p.grad.clone() for p in agent.optimizers[stage].param_groups[0]["params"]]
+    torch.save(dict(agent=agent.state_dict(), grads=grads), f"{folder}/{world}_{rank}.pt")
+    if world > 1:
+        dist.destroy_process_group()
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("shard", [False, True])
-def test_two_processes_train_as_one(finished, shard, tmp_path):
-    """The whole run, with copies that average gradients and with sharded parameters (FSDP2): the same losses."""
-    flags = [*SQUARE, *SMALL, "--eval-every", "96", "--num-envs", "2", "--total-timesteps", "800"]
-    (tmp_path / "one").mkdir(), (tmp_path / "two").mkdir()
-    run_script(s, *flags, cwd=tmp_path / "one")
-    torchrun(*flags, *["--shard"] * shard, cwd=tmp_path / "two")
-    one, two = (metrics(only_run(tmp_path / name)) for name in ("one", "two"))
-    losses = [(a, b) for a, b in zip(one, two, strict=True) if a[1].startswith("losses/")]
-    assert len(losses) > 20
-    for a, b in losses:
-        assert a[:2] == b[:2] and float(a[2]) == pytest.approx(float(b[2]), rel=2e-3, abs=1e-5), (a, b)
-    torchrun("--resume", only_run(tmp_path / "two"), cwd=tmp_path / "two")  # loads, and has nothing left to do
+@slow
+def test_two_processes_update_as_one(tmp_path):
+    for world in (1, 2):
+        torch.multiprocessing.spawn(updates, (world, str(tmp_path)), world)
+    one, *two = (torch.load(tmp_path / f"{name}.pt") for name in ("1_0", "2_0", "2_1"))
+    for a, b in zip(one["grads"], two[0]["grads"], strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3 * a.abs().max().item() + 1e-7)
+    same(two[0]["agent"], two[1]["agent"])  # the processes stay together
+
+
+@slow
+def test_torchrun_trains_stops_and_resumes(tmp_path):
+    def launch(*args):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        program = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(port)]
+        command = [sys.executable, *program, str(ROOT / "genie.py"), *map(str, args)]
+        result = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=300)
+        assert result.returncode == 0, result.stderr
+
+    launch(*SQUARE, *tiny(s), "--eval-every", 96)
+    run = only_run(tmp_path)
+    assert checkpoint(run)["agent"]["updates"].tolist() == [6, 6] and "eval/delta_psnr" in scalars(run)
+    launch("--resume", run, "--steps", 9)
+    assert checkpoint(run)["agent"]["updates"].tolist() == [6, 9]
 
 
 # Learning
 
 
-@pytest.mark.slow
+@slow
 def test_learns_the_actions_of_a_world(tmp_path):
     """Codes say which of five moves a square makes: mutual information above 0.9 of its maximum, the moves' entropy."""
-    flags = "--env-id toy_envs:Square-v0 --total-timesteps 6000 --num-envs 1 --image-size 16 --patch 4 --lam-patch 8 "
+    flags = "--env-id toy_envs:Square-v0 --total-timesteps 6000 --image-size 16 --patch 4 --lam-patch 8 "
     flags += "--clip-length 4 --context 3 --num-codes 32 --num-actions 8 --latent-dim 16 --lam-encoder 2 64 4 16 "
     flags += "--lam-decoder 2 64 4 16 --encoder 1 32 2 16 --decoder 1 32 2 16 --dynamics 1 32 2 16 --lam-change "
     flags += "--lam-centre --lam-shift 1 --tokenizer-steps 100 --steps 1500 --tokenizer-batch-size 16 --batch-size 32 "
     flags += "--ffn 4 --learning-rate 2e-3 --final-rate 2e-5 --eval-every 100000000 --eval-episodes 128 "
     flags += "--no-cuda --no-amp"
     run_script(s, *flags.split(), cwd=tmp_path, timeout=3000)
-    values = {row[1]: float(row[2]) for row in metrics(only_run(tmp_path)) if row[1].startswith("eval/")}
+    values = {key: row[-1][1] for key, row in scalars(only_run(tmp_path)).items()}
     moves, codes = math.log(5), math.log(values["eval/lam_perplexity"])  # entropies: the information is in their mean
-    assert values["eval/action_information"] * (moves + codes) / 2 / moves > 0.9, values
+    assert values["eval/action_information"] * (moves + codes) / 2 / moves > 0.9, json.dumps(values)

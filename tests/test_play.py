@@ -103,6 +103,11 @@ def test_what_is_no_run_gets_one_line(run, missing, tmp_path):
     assert process.returncode == 1 and line.startswith("play.py: run ") and missing in line
 
 
+def test_a_picture_is_no_start_for_other_worlds(run):
+    process = start(run, "--prompt", "picture.png")
+    assert "genie.py" in process.communicate(timeout=60)[1] and process.returncode == 1
+
+
 def test_the_video(run, tmp_path):
     run_script(dreamer_v3, "--env-id", "toy_envs:Image-v0", "--total-timesteps", 60, *tiny(dreamer_v3), cwd=tmp_path)
     for path, size in (only_run(tmp_path), (256, 512, 3)), (run, (280, 2800, 3)):
