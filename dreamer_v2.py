@@ -1147,7 +1147,7 @@ def train(args):
             values = torch.stack(list(metrics.values())).cpu().numpy()
             if not np.isfinite(values).all():
                 bad = [key for key, value in metrics.items() if not value.isfinite()]
-                sys.exit(f"not finite in update {updates + 1}, frame {frame}: {bad}; the last checkpoint is kept")
+                sys.exit(f"\nnot finite in update {updates + 1}, frame {frame}: {bad}; the last checkpoint is kept")
             totals, updates, budget = totals + values, updates + 1, budget - 1
 
         # Act, at random during the prefill
@@ -1162,7 +1162,7 @@ def train(args):
         record = obs | flags | {"reward": reward}
         bad = [key for key, value in record.items() if not np.isfinite(value).all()]
         if bad:
-            sys.exit(f"not finite, from an environment, frame {frame}: {bad}; the last checkpoint is kept")
+            sys.exit(f"\nnot finite, from an environment, frame {frame}: {bad}; the last checkpoint is kept")
         replay.add(record | {"action": carry[2].cpu().numpy() * ~record["is_first"][:, None]})
         ending, taken = bool(stop), int((~record["is_first"]).sum())
         before, frame = frame, frame + taken * args.action_repeat

@@ -61,7 +61,7 @@ import torch.nn.functional as F
 import tyro
 from PIL import Image
 from torch import nn
-from torch.distributions import Independent, Normal, OneHotCategorical
+from torch.distributions import Distribution, Independent, Normal, OneHotCategorical
 from torch.utils._pytree import tree_map
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import Summary
@@ -742,6 +742,7 @@ class Actor(nn.Module):
     def __init__(self, args, feat_dim, action_dim, discrete):
         super().__init__()
         self.discrete = discrete
+        Distribution.set_default_validate_args(False)  # checks that wait for the GPU
         self.layers = MLP(feat_dim, args.units, 3)
         self.outputs = nn.ModuleList(Output(args.units, action_dim, 0.01) for _ in range(1 if discrete else 2))
 
@@ -750,9 +751,13 @@ class Actor(nn.Module):
         x = self.layers(feat)
         outputs = [output(x) for output in self.outputs]
         if self.discrete:
-            return OneHotCategorical(logits=outputs[0], validate_args=False)
+            return OneHotCategorical(logits=outputs[0])
         std = 0.9 * torch.sigmoid(outputs[1] + 2) + 0.1
-        return Independent(Normal(outputs[0].tanh(), std, validate_args=False), 1)
+        return Independent(Normal(outputs[0].tanh(), std), 1)
+
+    def sample(self, policy):
+        """-> action (..., A)."""
+        return sample_onehot(policy.probs) if self.discrete else policy.sample()
 
 
 class Behaviour(nn.Module):
@@ -774,7 +779,7 @@ class Behaviour(nn.Module):
         args, actor = self.args, self.actor
         with torch.no_grad():
             start = deter.flatten(0, 1), stoch.flatten(0, 1)
-            policy = lambda feat, t: actor(feat).sample()  # noqa: E731
+            policy = lambda feat, t: actor.sample(actor(feat))  # noqa: E731
             imag_feat, imag_action = world_model.rssm.imagine(start, policy, args.imagination_horizon)
             reward = world_model.reward(imag_feat)  # (N, P)
             cont = world_model.cont(imag_feat)  # (N, P)
@@ -890,7 +895,7 @@ class Agent(nn.Module):
 
     def policy(self, deter, stoch):
         """A sample of the actor's action in a state: (num_envs, A)."""
-        return self.behaviour.actor(feature(deter, stoch)).sample()
+        return self.behaviour.actor.sample(self.behaviour.actor(feature(deter, stoch)))
 
     def env_action(self, action):
         """Actions (num_envs, A) -> what the environments take: (num_envs,) or (num_envs, A)."""
@@ -1030,8 +1035,8 @@ def open_loop(agent, data, context=5):
 
 
 def setup(args):
-    """Device and numerical settings; joins the other processes of `torchrun` -> device, rank, number of processes."""
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    """Device and numerical settings; joins the other processes of `torchrun`."""
+    world = int(os.environ.get("WORLD_SIZE", 1))
     cuda = args.cuda and torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
     if args.num_envs % world or args.batch_size % world:
@@ -1047,7 +1052,7 @@ def setup(args):
     torch.backends.cudnn.deterministic = args.torch_deterministic
     torch.set_float32_matmul_precision("high")
     torch.manual_seed(args.seed)
-    return device, rank, world
+    return device
 
 
 def load(run, agent):
@@ -1064,7 +1069,7 @@ def load(run, agent):
 def load_run(args, run):
     """The agent of a run and one of its environments."""
     env = make_env(args)
-    agent = Agent(args, env.observation_space.spaces, env.action_space, setup(args)[0])
+    agent = Agent(args, env.observation_space.spaces, env.action_space, setup(args))
     load(run, agent)
     return agent, env
 
@@ -1096,7 +1101,8 @@ def log_video(writer, key, frames, step):
 
 def train(args):
     """Trains until `total_timesteps` frames, from the start or from a checkpoint."""
-    device, rank, world = setup(args)
+    device = setup(args)
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     envs = make_envs(args, args.num_envs // world)
     agent = Agent(args, envs.single_observation_space.spaces, envs.single_action_space, device)
     name = [f"{args.env_id.replace('/', '-')}__{args.exp_name}__{args.seed}__{time.time_ns() // 1000}"]
@@ -1149,7 +1155,7 @@ def train(args):
                 values = torch.stack(list(metrics.values())).cpu().numpy()
                 if not np.isfinite(values).all():
                     bad = [key for key, value in metrics.items() if not value.isfinite()]
-                    sys.exit(f"not finite in update {updates + 1}, frame {frame}: {bad}; the last checkpoint is kept")
+                    sys.exit(f"\nnot finite in update {updates + 1}, frame {frame}: {bad}; the last checkpoint is kept")
                 for key, value in latents.items():
                     replay.arrays[key][index] = value.cpu()
                 totals, updates, budget = totals + values, updates + 1, budget - 1
@@ -1161,7 +1167,7 @@ def train(args):
         record = obs | flags | {"reward": reward}
         bad = [key for key, value in record.items() if not np.isfinite(value).all()]
         if bad:
-            sys.exit(f"not finite, from an environment, frame {frame}: {bad}; the last checkpoint is kept")
+            sys.exit(f"\nnot finite, from an environment, frame {frame}: {bad}; the last checkpoint is kept")
         taken, ending = int((~record["is_first"]).sum()), bool(stop)
         if world > 1:  # all processes count the same frames and end together
             both = torch.tensor([taken, ending], device=device)

@@ -1169,7 +1169,7 @@ def train(args):
             *values, ending = average(torch.stack([*metrics.values(), asked])).tolist()
             if not np.isfinite(values).all():
                 bad = [key for key, value in metrics.items() if not value.isfinite()]
-                sys.exit(f"not finite in update {sum(updates) + 1}, frame {frame}: {bad}; the last checkpoint is kept")
+                sys.exit(f"\nnot finite in update {sum(updates) + 1}, frame {frame}: {bad}; the last save is kept")
             totals, updates[stage] = totals + np.array(values), updates[stage] + 1
             before, frame = frame, frame + size * args.clip_length
 

@@ -1048,7 +1048,7 @@ def train(args):
                 row, taken = next(results, ({}, None))
                 bad = [key for key, value in row.items() if not math.isfinite(value)]
                 if bad:
-                    sys.exit(f"not finite in {stage.__name__} {at.done}: {bad}; the last checkpoint is kept")
+                    sys.exit(f"\nnot finite in {stage.__name__} {at.done}: {bad}; the last checkpoint is kept")
                 if taken is not None:
                     tick, at.done, at.frames = tick + max(1, taken), at.done + 1, at.frames + taken
                 ending = taken is None or at.done == total or bool(stop)

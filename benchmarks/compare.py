@@ -1,0 +1,120 @@
+"""The same small tasks for PlaNet, DreamerV1, V2 and V3, over several seeds: a CSV, and a figure (takes matplotlib).
+
+    nohup python benchmarks/compare.py --jobs 2 &         # run what is missing of the whole grid, then draw
+    python benchmarks/compare.py --panels glide catch     # a part of it; --jobs 0: only draw what there is
+
+Runs in runs/compare/<game>/<label>/<seed> that are finished are skipped, cut ones are resumed. The CSV has the means
+of training episodes (they explore) over 300 frames, and at the end the evaluation (mode of the policy).
+"""
+
+import argparse
+import collections
+import csv
+import os
+import re
+import statistics
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+from curves import read_run, window
+
+ROOT = Path(__file__).resolve().parents[1]
+CSV = ROOT / "benchmarks/results/compare/curves.csv"
+SEEDS = (11, 12, 13)
+SMALL = "--deter 64 --hidden 64 --units 64 --depth 4 --num-envs 4 --batch-size 16 --batch-length 5"
+PLANET = f"planet.py {SMALL} --stoch 16 --free-nats 0 --seed-episodes 60 --train-steps 3 --candidates 100 --elites 10"
+RATES = "--train-every 2 --prefill 300 --pretrain 50 --model-rate 1e-3 --actor-rate 4e-4 --critic-rate 1e-3"
+ACTOR = f"{SMALL} {RATES} --imagination-horizon 6"
+V1 = f"dreamer_v1.py {ACTOR} --stoch 16 --train-steps 1 --predict-continue --free-nats 0"
+V2 = f"dreamer_v2.py {ACTOR} --stoch 8 --classes 8 --entropy-scale 0.01"
+V3 = "dreamer_v3.py --size 1m --deter 128 --image-size 16 --num-envs 4 --train-ratio 512"
+FOUR = {"PlaNet": f"{PLANET} --planning-horizon 5", "DreamerV1": V1, "DreamerV2": V2, "DreamerV3": V3}
+HORIZONS = {str(horizon): f"{PLANET} --planning-horizon {horizon}" for horizon in (1, 3, 6, 12, 20, 30)}
+ABLATIONS = {"DreamerV2": V2, "no imagination": f"{V2} --behaviour-from replay", "no critic": f"{V2} --no-critic"}
+ABLATIONS |= {"Gaussian latents": f"{V2} --classes 1 --stoch 16", "horizon 5": f"{V2} --imagination-horizon 5"}
+TASK = "--total-timesteps 3000 --eval-every 0 --eval-episodes 40 --save-every 500 --no-cuda --no-amp --no-compile"
+GRID = {  # panel: title, flags of the task, label -> script and flags, what random play returns
+    "glide": ("Glide from pixels", f"{TASK} --env-id toy_envs:Glide-v0", FOUR, -0.3),
+    "catch": ("Catch from pixels", f"{TASK} --env-id toy_envs:Catch-v0", FOUR, -0.6),
+    "horizon": ("PlaNet on Glide, by planning horizon", f"{TASK} --env-id toy_envs:Glide-v0", HORIZONS, -0.3),
+    "ablations": ("DreamerV2 on Catch, ablations", f"{TASK} --env-id toy_envs:Catch-v0", ABLATIONS, -0.6),
+}
+CELLS = [(panel, seed, label) for panel in GRID for seed in SEEDS for label in GRID[panel][2]]
+FOLDER = {(p, seed, label): ROOT / f"runs/compare/{GRID[p][1][-8:]}/{label}/{seed}" for p, seed, label in CELLS}
+
+
+def score(cell):
+    """The evaluation after a cell's last frame; None if it is not there yet."""
+    path = FOLDER[cell] / "output.txt"
+    found = re.search(r": (-?[\d.]+) ± .* episodes", path.read_text()) if path.exists() else None
+    return found and float(found.group(1))
+
+
+def run(cell):
+    """One cell of the grid, from its start or from its last checkpoint, then its evaluation."""
+    (panel, seed, label), path = cell, FOLDER[cell]
+    if score(cell) is None:
+        script, *flags = f"{GRID[panel][2][label]} {GRID[panel][1]} --seed {seed}".split()
+        path.mkdir(parents=True, exist_ok=True)
+        train = [*flags, "--run-dir", path]
+        for checkpoint in path.glob("*/checkpoint.pt"):
+            train = ["--resume", checkpoint.parent]
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "tests")}
+        with open(path / "output.txt", "a") as file:
+            options = dict(cwd=ROOT, env=environment, stdout=file, stderr=file)
+            if subprocess.run([sys.executable, script, *train], **options).returncode == 0:
+                trained = next(path.glob("*/checkpoint.pt")).parent
+                subprocess.run([sys.executable, script, "--evaluate", trained], **options)
+        print(f"{cell}: {score(cell)} (output: {path}/output.txt)", flush=True)
+
+
+def collect():
+    """Evaluated runs -> panel, label -> frame -> returns of the seeds, the evaluations at "end"; all in a CSV too."""
+    curves, rows = collections.defaultdict(lambda: collections.defaultdict(list)), []
+    for cell in (cell for cell in CELLS if score(cell) is not None):
+        panel, seed, label = cell
+        points = read_run(str(next(FOLDER[cell].glob("*/checkpoint.pt")).parent))[1]["charts/episodic_return"]
+        means = {frame: window(points, frame, 300) for frame in range(300, points[-1][0] + 1, 300)}
+        for frame, value in (means | {"end": score(cell)}).items():
+            curves[panel, label][frame].append(value)
+            rows.append([panel, label, seed, frame, f"{value:.3f}"])
+        rows[-1].append(f"{GRID[panel][2][label]} {GRID[panel][1]}")
+    with open(CSV, "w", newline="") as file:
+        csv.writer(file, lineterminator="\n").writerows(["panel label seed frame return command".split(), *rows])
+    return curves
+
+
+def draw(curves):
+    """A panel each: training over frames, then evaluation; mean over seeds, and range; dotted: random play."""
+    panels = sorted({panel for panel, _ in curves}, key=list(GRID).index)
+    figure, axes = plt.subplots(1, len(panels), figsize=(5 * len(panels), 4), squeeze=False, layout="tight")
+    for axis, panel in zip(axes[0], panels, strict=True):
+        title, _, methods, random = GRID[panel]
+        axis.axhline(random, color="0.4", linestyle=":")
+        for i, label in enumerate(label for label in methods if (panel, label) in curves):
+            (*frames, _), values = zip(*curves[panel, label].items(), strict=True)
+            mean, low, high = ([f(value) for value in values] for f in (statistics.fmean, min, max))
+            print(f"{panel}, {label}: {mean[-1]:.2f} ({low[-1]:.2f} to {high[-1]:.2f}), {len(values[-1])} seeds")
+            (line,) = axis.plot(frames, mean[:-1], label=label)
+            axis.fill_between(frames, low[:-1], high[:-1], color=line.get_color(), alpha=0.15)
+            axis.plot([3150 + 90 * i] * 3, [low[-1], mean[-1], high[-1]], "o-", markersize=3, color=line.get_color())
+        axis.set(title=title, xlim=(0, None), ylim=(None, 1.05), xlabel="environment frames", ylabel="return")
+        axis.legend(fontsize=8)
+    figure.savefig(ROOT / "docs/compare.png", dpi=120, facecolor="white")  # on a dark page too
+
+
+def main():
+    parser = argparse.ArgumentParser(usage=__doc__)
+    parser.add_argument("--jobs", type=int, default=1, help="runs at once, each on one core; 0: only draw")
+    parser.add_argument("--panels", nargs="*", default=list(GRID), choices=GRID, help="parts of the grid to run")
+    options = parser.parse_args()
+    with ThreadPoolExecutor(max(options.jobs, 1)) as pool:
+        list(pool.map(run, [cell for cell in CELLS if options.jobs and cell[0] in options.panels]))
+    draw(collect())
+
+
+if __name__ == "__main__":
+    main()
