@@ -26,7 +26,7 @@ What changed since dreamer_v2.py:
  [C9] One optimizer: adaptive gradient clipping, LaProp, warm-up: LaProp, learning_rate, warmup, clip, Agent, load.
 [C10] Sequences of one step more that start from stored latents, refreshed after each update; new ones first: Replay.
 [C11] Train ratio instead of a schedule, no random prefill; sizes; several processes; Atari's pictures: train, size,
-      train_ratio, replay_size, batch_*, parse_args, setup, load_run, main, make_env.
+      train_ratio, replay_size, batch_*, parse_args, setup, main, make_env.
 
 Not copied from the authors' code: on a CPU, latents are written back before the next batch is read, not an update late;
 observations of classes are one-hot vectors with a squared error, not a cross entropy; from state nothing is rendered.
