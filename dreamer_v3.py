@@ -13,7 +13,7 @@ What changed since dreamer_v2.py:
  [C1] Vectors are squashed by symlog; reward and value are categorical over exponentially spaced bins (two-hot): symlog,
       symexp, twohot_*, bins, Encoder, Decoder, WorldModel, Behaviour.
  [C2] Block-diagonal GRU with an input layer for each of deter, stoch and action; RMSNorm, SiLU, normal initialisation:
-      BlockLinear, RMSNorm, MLP, Output, RSSM, initialise, deter, hidden, units, stoch, classes, blocks.
+      BlockLinear, RMSNorm, MLP, RSSM, initialise, deter, hidden, units, stoch, classes, blocks.
  [C3] 1 % of every latent's probability is uniform; no Gaussian latents: unimix, kl_divergence, RSSM.
  [C4] KL split in a dynamics and a representation loss, each with a free nat per step: free_nats, dyn_scale, rep_scale.
  [C5] Max-pooling and upsampling between convolutions, block-wise first map: Conv, UpsampleConv, depth, decoder_blocks.
@@ -47,6 +47,7 @@ import sys
 import time
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Literal
@@ -200,7 +201,7 @@ class DictObservation(gym.ObservationWrapper):
         super().__init__(env)
         self.keys, spaces = {}, {}
         for key, part in env.observation_space.items():
-            name = key.replace("/", "|") + "_" * (key in ("reward", "action", "deter", "stoch", *FLAGS))  # of a file
+            name = key + "_" * (key in ("reward", "action", "deter", "stoch", *FLAGS))
             self.keys[name] = key
             if not isinstance(part, VECTORS):
                 gym.logger.warn(f"the observation {key!r} is left out, it is no image and no vector: {part}")
@@ -218,10 +219,9 @@ class DictObservation(gym.ObservationWrapper):
 
     def step(self, action):
         *step, info = super().step(action)
-        for key, value in (info.get("log", {}) | {"success": info.get("success", info.get("is_success"))}).items():
-            if value is not None:
-                self.log[key] = max(float(value), self.log.get(key, -math.inf))
-        return *step, {"log": self.log} if self.log else {}
+        new = {"success": info.get("success", info.get("is_success"))} | info.get("log", {})
+        self.log |= {key: max(float(x), self.log.get(key, -math.inf)) for key, x in new.items() if x is not None}
+        return *step, {"log": self.log}
 
     def observation(self, obs):
         result = {}
@@ -229,8 +229,8 @@ class DictObservation(gym.ObservationWrapper):
             value, part = obs[self.keys[name]], self.env.observation_space[self.keys[name]]
             if space.dtype == np.uint8:
                 shape = (*part.shape, 1)[:3]  # channels come first, last or not at all
-                image = np.ascontiguousarray(np.moveaxis(value.reshape(shape), np.argmin(shape), -1))
-                image = cv2.resize(image, space.shape[:2], interpolation=cv2.INTER_AREA)
+                image = np.moveaxis(value.reshape(shape), np.argmin(shape), -1)
+                image = cv2.resize(np.ascontiguousarray(image), space.shape[:2], interpolation=cv2.INTER_AREA)
                 result[name] = image.reshape(space.shape)
             else:
                 result[name] = gym.spaces.flatten(part, value).astype(np.float32)
@@ -292,13 +292,13 @@ def make_env(args, video=None):
 
 def make_envs(args, count, video=None):
     """Environments in lock-step, in processes of their own if they draw; the step after an episode's last resets."""
-    makers = [lambda folder=folder: make_env(args, folder) for folder in [None] * (count - 1) + [video]]
+    makers = [partial(make_env, args)] * (count - 1) + [partial(make_env, args, video)]
     try:
         with make_env(args) as probe:
-            images = any(space.dtype == np.uint8 for space in probe.observation_space.values())
+            drawn = any(space.dtype == np.uint8 for space in probe.observation_space.values())
     except Exception as error:
         sys.exit(f"--env-id {args.env_id}: {type(error).__name__}: {' '.join(str(error).split())}")
-    if count == 1 or not images:
+    if count == 1 or not drawn:
         return gym.vector.SyncVectorEnv(makers)
     # forked from a clean process, which must not inherit this one's OpenGL and CUDA but has the imports that take long
     multiprocessing.set_forkserver_preload(["cv2", "gymnasium", "torch.utils.tensorboard", "tyro"])
@@ -307,43 +307,39 @@ def make_envs(args, count, video=None):
 
 # === Replay ===========================================================================================================
 
-LATENTS = ("deter", "stoch")  # what the agent stores with each step
-
 
 class Replay:
-    """Ring of steps on disk, one stream for each environment: memory-mapped arrays (capacity, envs, ...) of full size.
-    Step t holds observation t, the action that led to it, its reward, its flags and the agent's latents: `layout`, key
-    -> (shape, dtype). `saved`: state of a run that goes on. Exits if the disk is too small or the files do not fit."""
+    """Ring of steps on disk, one stream for each environment: a memory-mapped array (capacity, envs) of full size.
+    Step t holds observation t, the action that led to it, its reward, its flags and the agent's latents: `dtype`.
+    `saved`: state of a run that goes on. Exits if the disk is too small or the file does not fit."""
 
-    def __init__(self, folder, layout, num_envs, capacity, length, saved=None):
+    def __init__(self, path, dtype, num_envs, capacity, length, saved=None):
         self.num_envs, self.length, self.capacity, self.count, self.fresh = num_envs, length, capacity, 0, []
-        sizes = {key: math.prod(shape) * np.dtype(dtype).itemsize * num_envs for key, (shape, dtype) in layout.items()}
-        held = {key: os.path.getsize(f"{folder}/{key}") for key in layout if os.path.exists(f"{folder}/{key}")}
+        self.layout, size = (num_envs, dtype.descr), num_envs * dtype.itemsize
+        held = os.path.getsize(path) if os.path.exists(path) else 0
         if saved:
-            if saved["sizes"] != sizes or any(held.get(key, 0) < saved["capacity"] * sizes[key] for key in sizes):
-                sys.exit(f"{folder} is not whole, or not of these observations, environments and sizes: {list(layout)}")
+            if saved["layout"] != self.layout or held < saved["capacity"] * size:
+                sys.exit(f"{path} is not whole, or not of these observations, environments and sizes: {dtype.names}")
             self.count, self.fresh = saved["count"], saved["fresh"]
             self.capacity = max(capacity, saved["capacity"]) if self.count <= saved["capacity"] else saved["capacity"]
         if self.capacity < length + 1:
             sys.exit(f"--batch-length {length}: the replay holds only {self.capacity} steps of each environment")
-        os.makedirs(folder, exist_ok=True)
-        needed, free = self.capacity * sum(sizes.values()) - sum(held.values()), shutil.disk_usage(folder).free
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        needed, free = self.capacity * size - held, shutil.disk_usage(os.path.dirname(path)).free
         if needed > free:
-            sys.exit(f"{folder} needs {needed / 1e9:.1f} GB, {free / 1e9:.1f} are free: make room, lower --replay-size")
-        self.sizes, self.arrays = sizes, {}
-        allocate = getattr(os, "posix_fallocate", lambda file, _, size: os.truncate(file, size))  # on macOS
-        for key, (shape, dtype) in layout.items():
-            with open(f"{folder}/{key}", "ab") as file:
-                allocate(file.fileno(), 0, self.capacity * sizes[key])
-            self.arrays[key] = np.memmap(f"{folder}/{key}", dtype, "r+", shape=(self.capacity, num_envs, *shape))
+            sys.exit(f"{path} needs {needed / 1e9:.1f} GB, {free / 1e9:.1f} are free: make room, lower --replay-size")
+        with open(path, "ab") as file:
+            allocate = getattr(os, "posix_fallocate", lambda file, _, size: os.truncate(file, size))  # on macOS
+            allocate(file.fileno(), 0, self.capacity * size)
+        self.steps = np.memmap(path, dtype, "r+", shape=(self.capacity, num_envs))
 
     def add(self, step):
         """Appends one step of every environment: key -> array (envs, ...)."""
-        for key, array in self.arrays.items():
-            array[self.count % self.capacity] = step[key]
+        for key in self.steps.dtype.names:
+            self.steps[key][self.count % self.capacity] = step[key]
         self.count += 1
         if self.count >= self.capacity:  # what is overwritten next begins anew, also after a kill
-            self.arrays["is_first"][self.count % self.capacity] = True
+            self.steps["is_first"][self.count % self.capacity] = True
         # each stretch of length + 1 steps is trained on once soon after it came: the online queue
         if self.count > 1 and (self.count - 1) % (self.length + 1) == 0:
             self.fresh += [[self.count - self.length - 1, env] for env in range(self.num_envs)]
@@ -361,12 +357,12 @@ class Replay:
         starts = np.array(fresh + drawn)  # the step before a sequence, its environment
         rows, env = (starts[:, :1] + np.arange(self.length + 1)) % self.capacity, starts[:, 1:]
         index, before = (rows[:, 1:], env), (rows[:, 0], env[:, 0])
-        data = {key: array[before if key in LATENTS else index] for key, array in self.arrays.items()}
+        data = {key: self.steps[key][before if key in ("deter", "stoch") else index] for key in self.steps.dtype.names}
         data["is_last"][:, :-1] |= data["is_first"][:, 1:]  # an episode that was left
         return to_tensors(data, device), index
 
     def state_dict(self):
-        return dict(capacity=self.capacity, sizes=self.sizes, count=self.count, fresh=self.fresh)
+        return dict(capacity=self.capacity, layout=self.layout, count=self.count, fresh=self.fresh)
 
 
 def to_tensors(values, device):
@@ -454,20 +450,16 @@ def lambda_return(reward, cont, last, value, bootstrap, lmbda):
 
 
 def initialise(module):
-    """Weights from a truncated normal with standard deviation scale / sqrt(fan_in), biases zero."""
+    """Weights from a truncated normal with standard deviation 1 / sqrt(fan_in), biases zero."""
     if isinstance(module, (nn.Linear, nn.Conv2d, BlockLinear)):
         output = (..., 0) if isinstance(module, BlockLinear) else 0  # blocks count the whole input
-        std = 1.1368 * getattr(module, "scale", 1.0) / math.sqrt(module.weight[output].numel())
-        nn.init.trunc_normal_(module.weight, 0.0, std, -2 * std, 2 * std) if std else nn.init.zeros_(module.weight)
+        std = 1.1368 / math.sqrt(module.weight[output].numel())
+        nn.init.trunc_normal_(module.weight, 0.0, std, -2 * std, 2 * std)
         nn.init.zeros_(module.bias)
 
 
 class Output(nn.Linear):
-    """The last layer of a head: in float32, also where the networks are in bfloat16; `scale` of its initial weights."""
-
-    def __init__(self, inp, out, scale=1.0):
-        super().__init__(inp, out)
-        self.scale = scale
+    """The last layer of a head: in float32, also where the networks are in bfloat16."""
 
     def forward(self, x):
         with torch.autocast(x.device.type, enabled=False):
@@ -488,15 +480,11 @@ class BlockLinear(nn.Module):
         return x.transpose(0, 1).flatten(1)
 
 
-class RMSNorm(nn.Module):
-    """x / sqrt(mean(x²) + 1e-4) · scale over the last axis, in float32."""
-
-    def __init__(self, size):
-        super().__init__()
-        self.scale = nn.Parameter(torch.ones(size))
+class RMSNorm(nn.RMSNorm):
+    """x / sqrt(mean(x²) + eps) · weight over the last axis, in float32."""
 
     def forward(self, x):
-        return F.rms_norm(x.float(), self.scale.shape, self.scale, 1e-4).to(x.dtype)
+        return super().forward(x.float()).to(x.dtype)
 
 
 class Conv(nn.Conv2d):
@@ -524,14 +512,14 @@ class UpsampleConv(Conv):
 
 def layers(kind, sizes):
     """A layer of this kind, RMSNorm and SiLU from each size to the next."""
-    return [nn.Sequential(kind(inp, out), RMSNorm(out), nn.SiLU()) for inp, out in pairwise(sizes)]
+    return [nn.Sequential(kind(inp, out), RMSNorm(out, 1e-4), nn.SiLU()) for inp, out in pairwise(sizes)]
 
 
 class MLP(nn.Sequential):
     """`count` times Linear, RMSNorm and SiLU and, if `out` is given, an output: (..., inp) -> (..., units or out)."""
 
-    def __init__(self, inp, units, count, out=None, scale=1.0):
-        super().__init__(*layers(nn.Linear, [inp] + [units] * count), *([Output(units, out, scale)] if out else []))
+    def __init__(self, inp, units, count, out=None):
+        super().__init__(*layers(nn.Linear, [inp] + [units] * count), *([Output(units, out)] if out else []))
 
 
 class Encoder(nn.Module):
@@ -578,7 +566,7 @@ class Decoder(nn.Module):
             self.channels = [spaces[key].shape[-1] for key in self.images]
             convs = layers(UpsampleConv, [depth] + [args.depth * m for m in (4, 3, 2)])
             output = UpsampleConv(2 * args.depth, sum(self.channels))
-            self.convs = nn.Sequential(RMSNorm(depth), nn.SiLU(), *convs, output)
+            self.convs = nn.Sequential(RMSNorm(depth, 1e-4), nn.SiLU(), *convs, output)
 
     def forward(self, feat):
         means = {}
@@ -609,7 +597,7 @@ class RSSM(nn.Module):
         self.action_in = MLP(action_dim, args.hidden, 1)
         # every block sees its own part of deter and all of the three inputs
         self.mix = BlockLinear(args.deter + args.blocks * 3 * args.hidden, args.deter, args.blocks)
-        self.mix_norm = RMSNorm(args.deter)
+        self.mix_norm = RMSNorm(args.deter, 1e-4)
         self.gates = BlockLinear(args.deter, 3 * args.deter, args.blocks)
         self.post_in = MLP(args.deter + embed_dim, args.hidden, 1)
         self.post_out = Output(args.hidden, stoch_dim)
@@ -693,7 +681,7 @@ class WorldModel(nn.Module):
         self.encoder = Encoder(spaces, args)
         self.rssm = RSSM(args, self.encoder.embed_dim, action_dim)
         self.decoder = Decoder(spaces, args)
-        self.reward_head = MLP(feat_dim, args.units, 1, args.bins, 0.0)
+        self.reward_head = MLP(feat_dim, args.units, 1, args.bins)
         self.continue_head = MLP(feat_dim, args.units, 1, 1)
 
     def loss(self, data, start):
@@ -744,7 +732,7 @@ class Actor(nn.Module):
         self.discrete = discrete
         Distribution.set_default_validate_args(False)  # checks that wait for the GPU
         self.layers = MLP(feat_dim, args.units, 3)
-        self.outputs = nn.ModuleList(Output(args.units, action_dim, 0.01) for _ in range(1 if discrete else 2))
+        self.outputs = nn.ModuleList(Output(args.units, action_dim) for _ in range(1 if discrete else 2))
 
     def forward(self, feat):
         """(..., F) -> distribution of actions (..., A), one-hot or not clipped."""
@@ -768,8 +756,8 @@ class Behaviour(nn.Module):
         self.args = args
         feat_dim = args.deter + args.stoch * args.classes
         self.actor = Actor(args, feat_dim, action_dim, discrete)
-        self.critic = MLP(feat_dim, args.units, 3, args.bins, 0.0)
-        self.slow_critic = MLP(feat_dim, args.units, 3, args.bins, 0.0).requires_grad_(False)
+        self.critic = MLP(feat_dim, args.units, 3, args.bins)
+        self.slow_critic = MLP(feat_dim, args.units, 3, args.bins).requires_grad_(False)
         self.register_buffer("return_range", torch.zeros(2))  # averages of these percentiles
         self.register_buffer("percentiles", torch.tensor([0.05, 0.95]), persistent=False)
 
@@ -862,6 +850,9 @@ class Agent(nn.Module):
         self.world_model = WorldModel(args, spaces, self.action_dim)
         self.behaviour = Behaviour(args, self.action_dim, self.discrete)
         self.apply(initialise).to(device)
+        nn.init.zeros_(self.world_model.reward_head[-1].weight)
+        nn.init.zeros_(self.behaviour.critic[-1].weight)
+        torch._foreach_mul_([output.weight.data for output in self.behaviour.actor.outputs], 0.01)
         self.behaviour.slow_critic.load_state_dict(self.behaviour.critic.state_dict())
         self.trained = [p for p in self.parameters() if p.requires_grad]
         self.optimizer = LaProp(self.trained, args)
@@ -872,11 +863,10 @@ class Agent(nn.Module):
         self.autocast = lambda: torch.autocast(self.device.type, torch.bfloat16, enabled=args.amp)
 
     def layout(self):
-        """What the replay holds of each step: key -> (shape, dtype)."""
-        obs = {key: (space.shape, space.dtype.name) for key, space in self.spaces.items()}
-        flags = {key: ((), "bool") for key in FLAGS}
-        latents = {"deter": ((self.args.deter,), "float32"), "stoch": ((self.args.stoch,), "int16")}
-        return obs | flags | latents | {"reward": ((), "float32"), "action": ((self.action_dim,), "float32")}
+        """What the replay holds of each step, as a NumPy type."""
+        fields = [(key, space.dtype, space.shape) for key, space in self.spaces.items()] + [(key, "?") for key in FLAGS]
+        fields += [("deter", "f4", (self.args.deter,)), ("stoch", "i2", (self.args.stoch,))]
+        return np.dtype([*fields, ("reward", "f4"), ("action", "f4", (self.action_dim,))])
 
     def initial(self, num_envs):
         """What acting carries from step to step, at the start: deter, stoch, action (num_envs, A)."""
@@ -938,13 +928,13 @@ class Graph:
     captured and from then on replayed. The next call overwrites the outputs. On a CPU it is the function itself."""
 
     def __init__(self, function, device):
-        self.function, self.plain, self.graph = function, 3 if device.type == "cuda" else math.inf, None
+        self.function, self.plain = function, 3 if device.type == "cuda" else math.inf
 
     def __call__(self, *inputs):
-        if self.plain > 0:
-            self.plain -= 1
+        self.plain -= 1
+        if self.plain >= 0:
             return self.function(*inputs)
-        if not self.graph:
+        if self.plain == -1:
             self.inputs, self.graph = tree_map(torch.clone, inputs), torch.cuda.CUDAGraph()
             with torch.cuda.graph(self.graph):
                 self.outputs = self.function(*self.inputs)
@@ -1046,9 +1036,8 @@ def setup(args):
     if cuda:
         torch.cuda.set_device(device)
     elif sys.platform == "linux":  # glibc is to keep freed memory, or page faults cost an eighth of an update
-        mmap_max, trim_threshold = -4, -1
-        ctypes.CDLL(None).mallopt(mmap_max, 0)
-        ctypes.CDLL(None).mallopt(trim_threshold, 2**31 - 1)
+        ctypes.CDLL(None).mallopt(-4, 0)  # M_MMAP_MAX
+        ctypes.CDLL(None).mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
     torch.backends.cudnn.deterministic = args.torch_deterministic
     torch.set_float32_matmul_precision("high")
     torch.manual_seed(args.seed)
@@ -1157,7 +1146,7 @@ def train(args):
                     bad = [key for key, value in metrics.items() if not value.isfinite()]
                     sys.exit(f"\nnot finite in update {updates + 1}, frame {frame}: {bad}; the last checkpoint is kept")
                 for key, value in latents.items():
-                    replay.arrays[key][index] = value.cpu()
+                    replay.steps[key][index] = value.cpu()
                 totals, updates, budget = totals + values, updates + 1, budget - 1
             budget += args.num_envs * args.train_ratio / (args.batch_size * args.batch_length)
 
@@ -1177,8 +1166,7 @@ def train(args):
 
         # Save: the checkpoint is there whole or not at all; the replay that belongs to it lies beside it
         if passed(args.save_every) or passed(args.eval_every) or ending or frame >= args.total_timesteps:
-            for array in replay.arrays.values():
-                array.flush()
+            replay.steps.flush()
             if rank == 0:
                 state = dict(agent=agent.state_dict(), optimizer=agent.optimizer.state(), replay=replay.state_dict())
                 with open(f"{run}/checkpoint.tmp", "wb") as file:
@@ -1192,12 +1180,12 @@ def train(args):
         # Log
         bar.update(frame - before)
         for env in np.flatnonzero(record["is_last"]):
-            length, episode_return = (info["episode"][key][env] for key in "lr")
-            writer.add_scalar("charts/episodic_return", episode_return, frame)
-            writer.add_scalar("charts/episodic_length", length * args.action_repeat, frame)
-            for key in filter(lambda key: key[0] != "_", info.get("log", {})):
-                writer.add_scalar(f"charts/{key}", info["log"][key][env], frame)
-            bar.set_postfix_str(f"return {episode_return:.1f}, updates {updates}", refresh=False)
+            scores = {key: value[env] for key, value in info["log"].items() if key[0] != "_"}
+            scores["episodic_length"] = info["episode"]["l"][env] * args.action_repeat
+            scores["episodic_return"] = info["episode"]["r"][env]
+            for key, value in scores.items():
+                writer.add_scalar(f"charts/{key}", value, frame)
+            bar.set_postfix_str(f"return {scores['episodic_return']:.1f}, updates {updates}", refresh=False)
         if passed(args.log_every) and updates > counted:
             row = dict(zip(metrics, totals / (updates - counted), strict=True)) | {"charts/updates": updates}
             row["charts/SPS"] = (frame - bar.initial) / bar.format_dict["elapsed"]

@@ -209,7 +209,7 @@ class DictObservation(gym.ObservationWrapper):
         super().__init__(env)
         self.keys, spaces = {}, {}
         for key, part in env.observation_space.items():
-            name = key.replace("/", "|") + "_" * (key in ("reward", "action", "deter", "stoch", *FLAGS))  # of a file
+            name = key + "_" * (key in ("reward", "action", "deter", "stoch", *FLAGS))
             self.keys[name] = key
             if not isinstance(part, VECTORS):
                 gym.logger.warn(f"the observation {key!r} is left out, it is no image and no vector: {part}")
@@ -227,10 +227,9 @@ class DictObservation(gym.ObservationWrapper):
 
     def step(self, action):
         *step, info = super().step(action)
-        for key, value in (info.get("log", {}) | {"success": info.get("success", info.get("is_success"))}).items():
-            if value is not None:
-                self.log[key] = max(float(value), self.log.get(key, -math.inf))
-        return *step, {"log": self.log} if self.log else {}
+        new = {"success": info.get("success", info.get("is_success"))} | info.get("log", {})
+        self.log |= {key: max(float(x), self.log.get(key, -math.inf)) for key, x in new.items() if x is not None}
+        return *step, {"log": self.log}
 
     def observation(self, obs):
         result = {}
@@ -238,8 +237,8 @@ class DictObservation(gym.ObservationWrapper):
             value, part = obs[self.keys[name]], self.env.observation_space[self.keys[name]]
             if space.dtype == np.uint8:
                 shape = (*part.shape, 1)[:3]  # channels come first, last or not at all
-                image = np.ascontiguousarray(np.moveaxis(value.reshape(shape), np.argmin(shape), -1))
-                image = cv2.resize(image, space.shape[:2], interpolation=cv2.INTER_AREA)
+                image = np.moveaxis(value.reshape(shape), np.argmin(shape), -1)
+                image = cv2.resize(np.ascontiguousarray(image), space.shape[:2], interpolation=cv2.INTER_AREA)
                 result[name] = image.reshape(space.shape)
             else:
                 result[name] = gym.spaces.flatten(part, value).astype(np.float32)
@@ -301,13 +300,13 @@ def make_env(args, video=None):
 
 def make_envs(args, count, video=None):
     """Environments in lock-step, in processes of their own if they draw; the step after an episode's last resets."""
-    makers = [lambda folder=folder: make_env(args, folder) for folder in [None] * (count - 1) + [video]]
+    makers = [partial(make_env, args)] * (count - 1) + [partial(make_env, args, video)]
     try:
         with make_env(args) as probe:
-            images = any(space.dtype == np.uint8 for space in probe.observation_space.values())
+            drawn = any(space.dtype == np.uint8 for space in probe.observation_space.values())
     except Exception as error:
         sys.exit(f"--env-id {args.env_id}: {type(error).__name__}: {' '.join(str(error).split())}")
-    if count == 1 or not images:
+    if count == 1 or not drawn:
         return gym.vector.SyncVectorEnv(makers)
     # forked from a clean process, which must not inherit this one's OpenGL and CUDA but has the imports that take long
     multiprocessing.set_forkserver_preload(["cv2", "gymnasium", "torch.utils.tensorboard", "tyro"])
@@ -930,13 +929,13 @@ class Graph:
     captured and from then on replayed. The next call overwrites the outputs. On a CPU it is the function itself."""
 
     def __init__(self, function, device):
-        self.function, self.plain, self.graph = function, 3 if device.type == "cuda" else math.inf, None
+        self.function, self.plain = function, 3 if device.type == "cuda" else math.inf
 
     def __call__(self, *inputs):
-        if self.plain > 0:
-            self.plain -= 1
+        self.plain -= 1
+        if self.plain >= 0:
             return self.function(*inputs)
-        if not self.graph:
+        if self.plain == -1:
             self.inputs, self.graph = tree_map(torch.clone, inputs), torch.cuda.CUDAGraph()
             with torch.cuda.graph(self.graph):
                 self.outputs = self.function(*self.inputs)
@@ -1044,9 +1043,8 @@ def setup(args):
     if cuda:
         torch.cuda.set_device(device)
     elif sys.platform == "linux":  # glibc is to keep freed memory, or page faults cost an eighth of an update
-        mmap_max, trim_threshold = -4, -1
-        ctypes.CDLL(None).mallopt(mmap_max, 0)
-        ctypes.CDLL(None).mallopt(trim_threshold, 2**31 - 1)
+        ctypes.CDLL(None).mallopt(-4, 0)  # M_MMAP_MAX
+        ctypes.CDLL(None).mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
     torch.backends.cudnn.deterministic = args.torch_deterministic
     torch.set_float32_matmul_precision("high")
     torch.manual_seed(args.seed)

@@ -34,6 +34,7 @@ import signal
 import sys
 import time
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Literal
@@ -177,7 +178,7 @@ class DictObservation(gym.ObservationWrapper):
         super().__init__(env)
         self.keys, spaces = {}, {}
         for key, part in env.observation_space.items():
-            name = key.replace("/", "|") + "_" * (key in ("reward", "action", "deter", "stoch", *FLAGS))  # of a file
+            name = key + "_" * (key in ("reward", "action", "deter", "stoch", *FLAGS))
             self.keys[name] = key
             if not isinstance(part, VECTORS):
                 gym.logger.warn(f"the observation {key!r} is left out, it is no image and no vector: {part}")
@@ -195,10 +196,9 @@ class DictObservation(gym.ObservationWrapper):
 
     def step(self, action):
         *step, info = super().step(action)
-        for key, value in (info.get("log", {}) | {"success": info.get("success", info.get("is_success"))}).items():
-            if value is not None:
-                self.log[key] = max(float(value), self.log.get(key, -math.inf))
-        return *step, {"log": self.log} if self.log else {}
+        new = {"success": info.get("success", info.get("is_success"))} | info.get("log", {})
+        self.log |= {key: max(float(x), self.log.get(key, -math.inf)) for key, x in new.items() if x is not None}
+        return *step, {"log": self.log}
 
     def observation(self, obs):
         result = {}
@@ -206,8 +206,8 @@ class DictObservation(gym.ObservationWrapper):
             value, part = obs[self.keys[name]], self.env.observation_space[self.keys[name]]
             if space.dtype == np.uint8:
                 shape = (*part.shape, 1)[:3]  # channels come first, last or not at all
-                image = np.ascontiguousarray(np.moveaxis(value.reshape(shape), np.argmin(shape), -1))
-                image = cv2.resize(image, space.shape[:2], interpolation=cv2.INTER_AREA)
+                image = np.moveaxis(value.reshape(shape), np.argmin(shape), -1)
+                image = cv2.resize(np.ascontiguousarray(image), space.shape[:2], interpolation=cv2.INTER_AREA)
                 result[name] = image.reshape(space.shape)
             else:
                 result[name] = gym.spaces.flatten(part, value).astype(np.float32)
@@ -265,13 +265,13 @@ def make_env(args, video=None):
 
 def make_envs(args, count, video=None):
     """Environments in lock-step, in processes of their own if they draw; the step after an episode's last resets."""
-    makers = [lambda folder=folder: make_env(args, folder) for folder in [None] * (count - 1) + [video]]
+    makers = [partial(make_env, args)] * (count - 1) + [partial(make_env, args, video)]
     try:
         with make_env(args) as probe:
-            images = any(space.dtype == np.uint8 for space in probe.observation_space.values())
+            drawn = any(space.dtype == np.uint8 for space in probe.observation_space.values())
     except Exception as error:
         sys.exit(f"--env-id {args.env_id}: {type(error).__name__}: {' '.join(str(error).split())}")
-    if count == 1 or not images:
+    if count == 1 or not drawn:
         return gym.vector.SyncVectorEnv(makers)
     # forked from a clean process, which must not inherit this one's OpenGL and CUDA but has the imports that take long
     multiprocessing.set_forkserver_preload(["cv2", "gymnasium", "torch.utils.tensorboard", "tyro"])
@@ -282,38 +282,36 @@ def make_envs(args, count, video=None):
 
 
 class Replay:
-    """Ring of steps on disk, one stream for each environment: memory-mapped arrays (capacity, envs, ...) of full size.
-    Step t holds observation t, the action that led to it, its reward and its flags: `layout`, key -> (shape, dtype).
+    """Ring of steps on disk, one stream for each environment: a memory-mapped array (capacity, envs) of full size.
+    Step t holds observation t, the action that led to it, its reward and its flags: `dtype`.
     Only complete episodes are drawn from. `saved`: state of a run that goes on. Exits if the disk is too small or the
-    files do not fit."""
+    file does not fit."""
 
-    def __init__(self, folder, layout, num_envs, capacity, length, saved=None):
+    def __init__(self, path, dtype, num_envs, capacity, length, saved=None):
         self.num_envs, self.length, self.capacity, self.count = num_envs, length, capacity, 0
         self.begun, self.episodes = np.zeros(num_envs, int), np.zeros((0, 3), int)  # first step, steps, environment
-        sizes = {key: math.prod(shape) * np.dtype(dtype).itemsize * num_envs for key, (shape, dtype) in layout.items()}
-        held = {key: os.path.getsize(f"{folder}/{key}") for key in layout if os.path.exists(f"{folder}/{key}")}
+        self.layout, size = (num_envs, dtype.descr), num_envs * dtype.itemsize
+        held = os.path.getsize(path) if os.path.exists(path) else 0
         if saved:
-            if saved["sizes"] != sizes or any(held.get(key, 0) < saved["capacity"] * sizes[key] for key in sizes):
-                sys.exit(f"{folder} is not whole, or not of these observations, environments and sizes: {list(layout)}")
+            if saved["layout"] != self.layout or held < saved["capacity"] * size:
+                sys.exit(f"{path} is not whole, or not of these observations, environments and sizes: {dtype.names}")
             self.count, self.episodes = saved["count"], np.array(saved["episodes"], int).reshape(-1, 3)
             self.capacity = max(capacity, saved["capacity"]) if self.count <= saved["capacity"] else saved["capacity"]
         if self.capacity < length + 1:
             sys.exit(f"--batch-length {length}: the replay holds only {self.capacity} steps of each environment")
-        os.makedirs(folder, exist_ok=True)
-        needed, free = self.capacity * sum(sizes.values()) - sum(held.values()), shutil.disk_usage(folder).free
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        needed, free = self.capacity * size - held, shutil.disk_usage(os.path.dirname(path)).free
         if needed > free:
-            sys.exit(f"{folder} needs {needed / 1e9:.1f} GB, {free / 1e9:.1f} are free: make room, lower --replay-size")
-        self.sizes, self.arrays = sizes, {}
-        allocate = getattr(os, "posix_fallocate", lambda file, _, size: os.truncate(file, size))  # on macOS
-        for key, (shape, dtype) in layout.items():
-            with open(f"{folder}/{key}", "ab") as file:
-                allocate(file.fileno(), 0, self.capacity * sizes[key])
-            self.arrays[key] = np.memmap(f"{folder}/{key}", dtype, "r+", shape=(self.capacity, num_envs, *shape))
+            sys.exit(f"{path} needs {needed / 1e9:.1f} GB, {free / 1e9:.1f} are free: make room, lower --replay-size")
+        with open(path, "ab") as file:
+            allocate = getattr(os, "posix_fallocate", lambda file, _, size: os.truncate(file, size))  # on macOS
+            allocate(file.fileno(), 0, self.capacity * size)
+        self.steps = np.memmap(path, dtype, "r+", shape=(self.capacity, num_envs))
 
     def add(self, step):
         """Appends one step of every environment: key -> array (envs, ...)."""
-        for key, array in self.arrays.items():
-            array[self.count % self.capacity] = step[key]
+        for key in self.steps.dtype.names:
+            self.steps[key][self.count % self.capacity] = step[key]
         self.begun[step["is_first"]] = self.count
         self.count += 1
         lengths = self.count - self.begun
@@ -332,13 +330,13 @@ class Replay:
         begun, lengths, env = self.episodes[rng.integers(len(self.episodes), size=batch_size)].T
         begun = begun + rng.integers(lengths - self.length + 1)
         rows = (begun[:, None] + np.arange(self.length)) % self.capacity
-        data = {key: array[rows, env[:, None]] for key, array in self.arrays.items()}
+        data = {key: self.steps[key][rows, env[:, None]] for key in self.steps.dtype.names}
         data["is_first"][:] = np.arange(self.length) == 0
         return to_tensors(data, device)
 
     def state_dict(self):
         episodes = self.episodes.tolist()
-        return dict(capacity=self.capacity, sizes=self.sizes, count=self.count, episodes=episodes)
+        return dict(capacity=self.capacity, layout=self.layout, count=self.count, episodes=episodes)
 
 
 def to_tensors(values, device):
@@ -704,10 +702,9 @@ class Agent(nn.Module):
         self.autocast = lambda: torch.autocast(self.device.type, torch.bfloat16, enabled=args.amp)
 
     def layout(self):
-        """What the replay holds of each step: key -> (shape, dtype)."""
-        obs = {key: (space.shape, space.dtype.name) for key, space in self.spaces.items()}
-        flags = {key: ((), "bool") for key in FLAGS}
-        return obs | flags | {"reward": ((), "float32"), "action": ((self.action_dim,), "float32")}
+        """What the replay holds of each step, as a NumPy type."""
+        fields = [(key, space.dtype, space.shape) for key, space in self.spaces.items()] + [(key, "?") for key in FLAGS]
+        return np.dtype([*fields, ("reward", "f4"), ("action", "f4", (self.action_dim,))])
 
     def initial(self, num_envs):
         """What acting carries from step to step, at the start: deter, stoch, action (num_envs, A)."""
@@ -791,13 +788,13 @@ class Graph:
     captured and from then on replayed. The next call overwrites the outputs. On a CPU it is the function itself."""
 
     def __init__(self, function, device):
-        self.function, self.plain, self.graph = function, 3 if device.type == "cuda" else math.inf, None
+        self.function, self.plain = function, 3 if device.type == "cuda" else math.inf
 
     def __call__(self, *inputs):
-        if self.plain > 0:
-            self.plain -= 1
+        self.plain -= 1
+        if self.plain >= 0:
             return self.function(*inputs)
-        if not self.graph:
+        if self.plain == -1:
             self.inputs, self.graph = tree_map(torch.clone, inputs), torch.cuda.CUDAGraph()
             with torch.cuda.graph(self.graph):
                 self.outputs = self.function(*self.inputs)
@@ -891,9 +888,8 @@ def setup(args):
     """Device and numerical settings."""
     device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
     if device.type == "cpu" and sys.platform == "linux":  # glibc is to keep freed memory, or page faults cost time
-        mmap_max, trim_threshold = -4, -1
-        ctypes.CDLL(None).mallopt(mmap_max, 0)
-        ctypes.CDLL(None).mallopt(trim_threshold, 2**31 - 1)
+        ctypes.CDLL(None).mallopt(-4, 0)  # M_MMAP_MAX
+        ctypes.CDLL(None).mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
     torch.backends.cudnn.deterministic = args.torch_deterministic
     torch.set_float32_matmul_precision("high")
     torch.manual_seed(args.seed)
@@ -963,7 +959,7 @@ def train(args):
     episodes, frame, updates, budget, due = saved.get("progress", (0, 0, 0, 0, math.inf))
     records = int(1.02 * args.total_timesteps / args.action_repeat) + args.num_envs  # those of resets among them
     steps = envs.num_envs, min(args.replay_size, records) // args.num_envs, args.batch_length
-    replay = Replay(f"{run}/replay", agent.layout(), *steps, saved.get("replay"))
+    replay = Replay(f"{run}/replay/0", agent.layout(), *steps, saved.get("replay"))
     Path(f"{run}/args.tmp").write_text(json.dumps(asdict(args) | {"script": SCRIPT}, indent=1))
     os.replace(f"{run}/args.tmp", f"{run}/args.json")
     if args.track:
@@ -1019,8 +1015,7 @@ def train(args):
 
         # Save: the checkpoint is there whole or not at all; the replay that belongs to it lies beside it
         if passed(args.save_every) or passed(args.eval_every) or ending or frame >= args.total_timesteps:
-            for array in replay.arrays.values():
-                array.flush()
+            replay.steps.flush()
             state = dict(agent=agent.state_dict(), optimizer=agent.optimizer_state(), replay=replay.state_dict())
             with open(f"{run}/checkpoint.tmp", "wb") as file:
                 torch.save(state | {"progress": (episodes, frame, updates, budget, due)}, file)
@@ -1031,12 +1026,12 @@ def train(args):
         # Log
         bar.update(frame - before)
         for env in np.flatnonzero(record["is_last"]):
-            length, episode_return = (info["episode"][key][env] for key in "lr")
-            writer.add_scalar("charts/episodic_return", episode_return, frame)
-            writer.add_scalar("charts/episodic_length", length * args.action_repeat, frame)
-            for key in filter(lambda key: key[0] != "_", info.get("log", {})):
-                writer.add_scalar(f"charts/{key}", info["log"][key][env], frame)
-            bar.set_postfix_str(f"return {episode_return:.1f}, updates {updates}", refresh=False)
+            scores = {key: value[env] for key, value in info["log"].items() if key[0] != "_"}
+            scores["episodic_length"] = info["episode"]["l"][env] * args.action_repeat
+            scores["episodic_return"] = info["episode"]["r"][env]
+            for key, value in scores.items():
+                writer.add_scalar(f"charts/{key}", value, frame)
+            bar.set_postfix_str(f"return {scores['episodic_return']:.1f}, updates {updates}", refresh=False)
         if passed(args.log_every) and updates > counted:
             row = dict(zip(metrics, totals / (updates - counted), strict=True)) | {"charts/updates": updates}
             row["charts/SPS"] = (frame - bar.initial) / bar.format_dict["elapsed"]

@@ -212,7 +212,7 @@ class DictObservation(gym.ObservationWrapper):
         super().__init__(env)
         self.keys, spaces = {}, {}
         for key, part in env.observation_space.items():
-            name = key.replace("/", "|") + "_" * (key in ("reward", "action", "deter", "stoch", *FLAGS))  # of a file
+            name = key + "_" * (key in ("reward", "action", "deter", "stoch", *FLAGS))
             self.keys[name] = key
             if not isinstance(part, VECTORS):
                 gym.logger.warn(f"the observation {key!r} is left out, it is no image and no vector: {part}")
@@ -230,10 +230,9 @@ class DictObservation(gym.ObservationWrapper):
 
     def step(self, action):
         *step, info = super().step(action)
-        for key, value in (info.get("log", {}) | {"success": info.get("success", info.get("is_success"))}).items():
-            if value is not None:
-                self.log[key] = max(float(value), self.log.get(key, -math.inf))
-        return *step, {"log": self.log} if self.log else {}
+        new = {"success": info.get("success", info.get("is_success"))} | info.get("log", {})
+        self.log |= {key: max(float(x), self.log.get(key, -math.inf)) for key, x in new.items() if x is not None}
+        return *step, {"log": self.log}
 
     def observation(self, obs):
         result = {}
@@ -241,8 +240,8 @@ class DictObservation(gym.ObservationWrapper):
             value, part = obs[self.keys[name]], self.env.observation_space[self.keys[name]]
             if space.dtype == np.uint8:
                 shape = (*part.shape, 1)[:3]  # channels come first, last or not at all
-                image = np.ascontiguousarray(np.moveaxis(value.reshape(shape), np.argmin(shape), -1))
-                image = cv2.resize(image, space.shape[:2], interpolation=cv2.INTER_AREA)
+                image = np.moveaxis(value.reshape(shape), np.argmin(shape), -1)
+                image = cv2.resize(np.ascontiguousarray(image), space.shape[:2], interpolation=cv2.INTER_AREA)
                 result[name] = image.reshape(space.shape)
             else:
                 result[name] = gym.spaces.flatten(part, value).astype(np.float32)
@@ -966,9 +965,8 @@ def setup(args):
     """Device and numerical settings."""
     device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
     if device.type == "cpu" and sys.platform == "linux":  # glibc is to keep freed memory, or page faults cost time
-        mmap_max, trim_threshold = -4, -1
-        ctypes.CDLL(None).mallopt(mmap_max, 0)
-        ctypes.CDLL(None).mallopt(trim_threshold, 2**31 - 1)
+        ctypes.CDLL(None).mallopt(-4, 0)  # M_MMAP_MAX
+        ctypes.CDLL(None).mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
     torch.backends.cudnn.deterministic = args.torch_deterministic
     torch.set_float32_matmul_precision("high")
     torch.manual_seed(args.seed)

@@ -139,12 +139,12 @@ def batch(script, args, agent, spaces):
     stored = agent.layout()
     steps = 4 * args.batch_length
     with tempfile.TemporaryDirectory() as folder:
-        replay = script.Replay(folder, stored, args.batch_size, steps, args.batch_length)
+        replay = script.Replay(f"{folder}/0", stored, args.batch_size, steps, args.batch_length)
         for t in range(steps):
             step = {}
-            for key, (shape, dtype) in stored.items():
-                shape = (args.batch_size, *shape)
-                whole = np.issubdtype(np.dtype(dtype), np.integer)
+            for key in stored.names:
+                shape = (args.batch_size, *stored[key].shape)
+                whole = np.issubdtype(stored[key].base, np.integer)
                 step[key] = rng.integers(0, 2, shape) if whole else rng.standard_normal(shape)
             for key, space in spaces.items():
                 if space.dtype == np.uint8:

@@ -140,10 +140,10 @@ def agent_and_batch(script, args, spaces, action_space, folder):
     torch.manual_seed(0)
     rng, agent = np.random.default_rng(0), script.Agent(args, spaces, action_space)
     stored = agent.layout()
-    replay = script.Replay(str(folder), stored, 2, 60, args.batch_length)
+    replay = script.Replay(f"{folder}/0", stored, 2, 60, args.batch_length)
     for _ in range(60):
         step = {}
-        for key, (shape, dtype) in stored.items():
+        for key, (dtype, shape) in ((key, (stored[key].base, stored[key].shape)) for key in stored.names):
             space, shape = spaces.get(key), (2, *shape)
             if key == "action" and agent.discrete:
                 step[key] = np.eye(shape[-1], dtype=dtype)[rng.integers(shape[-1], size=2)]

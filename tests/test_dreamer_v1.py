@@ -657,8 +657,8 @@ def test_heads_are_exact_where_networks_are_in_bfloat16():
 
 
 def test_complete_episodes_are_drawn_uniformly_with_their_last_step(tmp_path):
-    layout = {"number": ((), "int64")} | {key: ((), "bool") for key in script.FLAGS}
-    replay = script.Replay(str(tmp_path), layout, 1, 1000, 5)
+    dtype = np.dtype([("number", "i8"), *((key, "?") for key in script.FLAGS)])
+    replay = script.Replay(f"{tmp_path}/0", dtype, 1, 1000, 5)
     for steps in [6, 5, 3, 20, 9]:  # too short (2), and one that is not complete
         for i in range(steps):
             flags = dict(is_first=i == 0, is_last=i == steps - 1 and steps != 9, is_terminal=False)

@@ -660,8 +660,8 @@ def test_without_a_critic_returns_are_sums_of_rewards():
 
 def a_replay(folder, lengths, capacity=1000, length=5, ends=False):
     """One stream of episodes of these lengths, the last one not over; each step holds its own number."""
-    layout = {"number": ((), "int64"), "is_first": ((), "bool"), "is_last": ((), "bool")}
-    replay = script.Replay(str(folder), layout, 1, capacity, length, ends=ends)
+    dtype = np.dtype([("number", "i8"), ("is_first", "?"), ("is_last", "?")])
+    replay = script.Replay(f"{folder}/0", dtype, 1, capacity, length, ends=ends)
     for episode, steps in enumerate(lengths, 1):
         for i in range(steps):
             last = i == steps - 1 and episode < len(lengths)
@@ -702,8 +702,7 @@ def test_ends_are_prioritised(tmp_path):
 def test_episodes_that_are_overwritten_are_gone(tmp_path):
     replay = a_replay(tmp_path, [10, 10, 10, 10], capacity=25)
     assert set(starts(replay, 100)) == set(range(20, 26))
-    layout = {key: (array.shape[2:], array.dtype.name) for key, array in replay.arrays.items()}
-    again = script.Replay(str(tmp_path), layout, 1, 25, 5, replay.state_dict())
+    again = script.Replay(f"{tmp_path}/0", replay.steps.dtype, 1, 25, 5, replay.state_dict())
     assert set(starts(again, 100)) == set(range(20, 26)) and again.count == replay.count
     assert len(a_replay(tmp_path / "long", [10, 40, 1], capacity=25)) == 0
 

@@ -97,7 +97,7 @@ class Case:
 
         def layer(ours, theirs, norm, kind="dense"):
             add(f"{ours}.0", theirs, kind)
-            names[f"{ours}.1.scale"] = f"{norm}/scale", "same"
+            names[f"{ours}.1.weight"] = f"{norm}/scale", "same"
 
         agent, wm, bh = self.agent, "world_model", "behaviour"
         if agent.world_model.encoder.vectors:
@@ -117,7 +117,7 @@ class Case:
             add(f"{wm}.decoder.deter_map", "dec/sp0", "same")
             layer(f"{wm}.decoder.stoch_map.0", "dec/sp1", "dec/sp1norm")
             add(f"{wm}.decoder.stoch_map.1", "dec/sp2")
-            names[f"{wm}.decoder.convs.0.scale"] = "dec/spnorm/scale", "same"
+            names[f"{wm}.decoder.convs.0.weight"] = "dec/spnorm/scale", "same"
             for i in range(3):
                 layer(f"{wm}.decoder.convs.{i + 2}", f"dec/conv{2 - i}", f"dec/conv{2 - i}norm", "conv")
             add(f"{wm}.decoder.convs.5", "dec/imgout", "conv")
@@ -125,7 +125,7 @@ class Case:
         for ours, theirs in inputs.items():
             layer(f"{wm}.rssm.{ours}.0", f"dyn/{theirs}", f"dyn/{theirs}norm")
         add(f"{wm}.rssm.mix", "dyn/dynhid0", "same")
-        names[f"{wm}.rssm.mix_norm.scale"] = "dyn/dynhid0norm/scale", "same"
+        names[f"{wm}.rssm.mix_norm.weight"] = "dyn/dynhid0norm/scale", "same"
         add(f"{wm}.rssm.gates", "dyn/dyngru", "same")
         add(f"{wm}.rssm.post_out", "dyn/obslogit")
         for i in range(2):
@@ -382,13 +382,13 @@ def test_parity_lambda_return(functions):
 
 
 def test_parity_layers(functions):
-    norm = script.RMSNorm(functions["rms/x"].shape[-1]).to(DEVICE)
+    norm = script.MLP(1, functions["rms/x"].shape[-1], 1)[0][1].to(DEVICE)
     block = script.BlockLinear(
         functions["block/x"].shape[-1], functions["block/y"].shape[-1], len(functions["block/kernel"])
     )
     kernel = functions["conv/kernel_hwio"].transpose(3, 2, 0, 1)
     conv, up = script.Conv(*kernel.shape[1::-1]), script.UpsampleConv(*kernel.shape[1::-1])
-    norm.scale.data = tensor(functions["rms/scale"])
+    norm.weight.data = tensor(functions["rms/scale"])
     block.weight.data, block.bias.data = tensor(functions["block/kernel"]), tensor(functions["block/bias"])
     for layer in (conv, up.to(DEVICE)):
         layer.weight.data, layer.bias.data = tensor(kernel), tensor(functions["conv/bias"])
@@ -579,7 +579,7 @@ def test_who_learns_from_what(small):
 def test_the_kl_is_split(small):
     """The dynamics loss moves the prior alone, the representation loss the posterior; none below a free nat."""
     agent, data = small
-    one = {key: value[:, :1] if key not in script.LATENTS else value for key, value in data.items()}
+    one = {key: value[:, :1] if key not in ("deter", "stoch") else value for key, value in data.items()}
     rssm = agent.world_model.rssm
     ends = [rssm.prior_net[-1].weight, rssm.post_out.weight]
     for free_nats, expected in ((0.0, {"dyn_loss": [True, False], "rep_loss": [False, True]}), (1e6, {})):

@@ -600,8 +600,8 @@ def test_the_planner_ranks_in_float32(monkeypatch):
 
 
 def test_sequences_never_cross_an_episode_s_end(tmp_path):
-    layout = {"number": ((), "int64"), "is_first": ((), "bool"), "is_last": ((), "bool")}
-    replay = script.Replay(str(tmp_path), layout, 1, 1000, 5)
+    dtype = np.dtype([("number", "i8"), ("is_first", "?"), ("is_last", "?")])
+    replay = script.Replay(f"{tmp_path}/0", dtype, 1, 1000, 5)
     for steps, whole in ((5, True), (4, True), (21, True), (9, False)):  # one is too short, and one is not over
         for i in range(steps):
             last = whole and i == steps - 1

@@ -2,6 +2,7 @@
 
 import collections
 import itertools
+import os
 import subprocess
 import sys
 
@@ -20,6 +21,8 @@ LAYOUT = {
     "reward": ((), "float32"),
     **{key: ((), "bool") for key in ("is_first", "is_last", "is_terminal")},
 }
+DTYPE = np.dtype([(key, dtype, shape) for key, (shape, dtype) in LAYOUT.items()])
+DTYPE = np.dtype([(key, dtype, shape) for key, (shape, dtype) in LAYOUT.items()])
 CPU = torch.device("cpu")
 
 
@@ -77,7 +80,7 @@ def compare(lists, replay, rng, size=5):
     latents = {"deter": torch.randn(size, L, 2), "stoch": torch.randint(0, 9, (size, L, 3), dtype=torch.uint8)}
     if len({(start + i, env) for start, env in where for i in range(1, L + 1)}) == size * L:  # no step twice
         for key, value in latents.items():
-            replay.arrays[key][index] = value
+            replay.steps[key][index] = value
         for (b, (start, env)), i in itertools.product(enumerate(where), range(L)):
             for key, value in latents.items():
                 lists.steps[start + i + 1][key][env] = value[b, i]
@@ -97,7 +100,7 @@ def compare_episodes(lists, replay, rng):
 
 
 def filled(script, folder, count, capacity=20):
-    replay, lists = script.Replay(str(folder), LAYOUT, ENVS, capacity, L), Lists(capacity)
+    replay, lists = script.Replay(f"{folder}/0", DTYPE, ENVS, capacity, L), Lists(capacity)
     fill(lists, replay, count, np.random.default_rng(0))
     return lists, replay
 
@@ -114,7 +117,7 @@ def fill(lists, replay, count, rng):
 @pytest.fixture
 def windows(ported):
     """A script that draws windows over the ends of episodes, with latents that are written back."""
-    if not hasattr(ported, "LATENTS"):
+    if "latents" not in ported.Replay.sample.__doc__:
         pytest.skip("draws from whole episodes")
     return ported
 
@@ -128,15 +131,14 @@ def test_it_holds_what_lists_hold(ported, tmp_path, capacity):
     for _ in range(2000):
         fill(lists, replay, 1, rng)
         if len(replay) and rng.random() < 0.2:
-            (compare if hasattr(ported, "LATENTS") else compare_episodes)(lists, replay, rng)
+            (compare if "latents" in ported.Replay.sample.__doc__ else compare_episodes)(lists, replay, rng)
         if rng.random() < 0.02:
             state = replay.state_dict()
-            for array in replay.arrays.values():
-                array.flush()
-            replay, lists.restarted = ported.Replay(str(tmp_path), LAYOUT, ENVS, capacity, L, state), True
-    for key, array in replay.arrays.items():
-        for step in range(lists.first(), 2000):
-            np.testing.assert_array_equal(array[step % capacity], lists.steps[step][key], err_msg=f"{key} {step}")
+            replay.steps.flush()
+            replay, lists.restarted = ported.Replay(f"{tmp_path}/0", DTYPE, ENVS, capacity, L, state), True
+    for key, step in itertools.product(DTYPE.names, range(lists.first(), 2000)):
+        held = replay.steps[key][step % capacity]
+        np.testing.assert_array_equal(held, lists.steps[step][key], err_msg=f"{key} {step}")
 
 
 @pytest.mark.parametrize("count", [9, 33])
@@ -164,7 +166,7 @@ def test_a_longer_run_goes_on_with_what_is_held(windows, tmp_path, wrapped):
     """A run that is continued for more steps asks for a larger replay, whether the ring has come round or not."""
     rng = np.random.default_rng(0)
     lists, replay = filled(windows, tmp_path, 33 if wrapped else 17)
-    replay = windows.Replay(str(tmp_path), LAYOUT, ENVS, 200, L, replay.state_dict())
+    replay = windows.Replay(f"{tmp_path}/0", DTYPE, ENVS, 200, L, replay.state_dict())
     lists.capacity = replay.capacity
     for _ in range(100):
         compare(lists, replay, rng)
@@ -178,16 +180,14 @@ def held(folder):
 @pytest.mark.parametrize("what", ["missing", "cut", "other sizes", "other environments", "disk", "length"])
 def test_what_does_not_fit_is_refused_and_nothing_changed(ported, tmp_path, monkeypatch, what):
     _, replay = filled(ported, tmp_path, 30)
-    state, layout, envs, capacity, length = replay.state_dict(), dict(LAYOUT), ENVS, 20, L
+    state, dtype, envs, capacity, length = replay.state_dict(), DTYPE, ENVS, 20, L
     del replay
     if what == "missing":
-        (tmp_path / "deter").unlink()
+        (tmp_path / "0").unlink()
     elif what == "cut":
-        size = (tmp_path / "image").stat().st_size
-        with open(tmp_path / "image", "r+b") as file:
-            file.truncate(size - 1)
+        os.truncate(tmp_path / "0", (tmp_path / "0").stat().st_size - 1)
     elif what == "other sizes":
-        layout["deter"] = ((3,), "float32")
+        dtype = np.dtype([("more", "f4"), *dtype.descr])
     elif what == "other environments":
         envs = 2
     elif what == "disk":
@@ -197,7 +197,7 @@ def test_what_does_not_fit_is_refused_and_nothing_changed(ported, tmp_path, monk
         length, state = 20, None
     before = held(tmp_path)
     with pytest.raises(SystemExit) as error:
-        ported.Replay(str(tmp_path), layout, envs, capacity, length, state)
+        ported.Replay(f"{tmp_path}/0", dtype, envs, capacity, length, state)
     word = {"disk": "GB", "length": "--batch-length 20"}.get(what, str(tmp_path))
     assert word in error.value.code and "\n" not in error.value.code
     assert held(tmp_path) == before
@@ -207,12 +207,12 @@ FILL = """
 import sys, numpy as np, torch, {script} as s
 def resident():
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("RssAnon")) / 1024
-layout = dict(image=((64, 64, 3), "uint8"), reward=((), "float32"), deter=((512,), "float32"), stoch=((32,), "uint8"),
-              **{{key: ((), "bool") for key in s.FLAGS}})
-frames, folder = int(sys.argv[1]), sys.argv[2]
-step = {{key: np.zeros((1, *shape), dtype) for key, (shape, dtype) in layout.items()}}
+dtype = np.dtype([("image", "u1", (64, 64, 3)), ("reward", "f4"), ("deter", "f4", (512,)), ("stoch", "u1", (32,)),
+                  *((key, "?") for key in s.FLAGS)])
+frames, path = int(sys.argv[1]), sys.argv[2] + "/0"
+step = {{key: np.zeros(1, dtype)[key] for key in dtype.names}}
 step["image"] = np.random.default_rng(0).integers(0, 256, (1, 64, 64, 3), np.uint8)
-replay, rng = s.Replay(folder, layout, 1, frames, 64), np.random.default_rng(0)
+replay, rng = s.Replay(path, dtype, 1, frames, 64), np.random.default_rng(0)
 for t in range(frames):
     step["is_first"][:], step["is_last"][:] = t % 100 == 0, t % 100 == 99
     replay.add(step)

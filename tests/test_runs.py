@@ -58,8 +58,14 @@ def go_on(script, run, more=40, *flags):
     state = checkpoint(run)
     assert frames(run) >= total
     assert all(value.isfinite().all() for value in state["agent"].values())
-    for path in (run / "replay").rglob("*"):
-        assert path.name not in ("reward", "deter", "vector") or np.isfinite(np.fromfile(path, np.float32)).all()
+    steps = stored(run)
+    assert all(np.isfinite(steps[key]).all() for key in steps.dtype.names)
+
+
+def stored(run, rank=0):
+    """The steps in a run's replay, from all its environments."""
+    envs, fields = checkpoint(run)["replay"]["layout"]
+    return np.fromfile(run / f"replay/{rank}", np.dtype(fields)).reshape(-1, envs)
 
 
 def contents(folder):
@@ -137,7 +143,7 @@ def test_two_resumes_of_one_run_are_the_same_to_the_bit(ported, flags, tmp_path)
     same(*map(checkpoint, runs))
     assert metrics(runs[0]) == metrics(runs[1]) and max(row[0] for row in metrics(runs[0])) > frame
     one, two = ({path.name: data for path, data in contents(run / "replay").items()} for run in runs)
-    assert one == two and len(one) > 5
+    assert one == two and one
     assert progress(runs[0])[1] > updates
     later = checkpoint(runs[0])["agent"].items()
     assert any(not torch.equal(value, state["agent"][key]) for key, value in later)
@@ -174,8 +180,7 @@ def test_a_finished_run_is_extended(new_house, batches, before, after, grows, tm
 
 def test_a_kill_between_the_growth_of_the_replay_and_the_next_save(new_house, batches, tmp_path):
     run = train(new_house, tmp_path, *TOY)
-    for path in (run / "replay/0").iterdir():
-        os.truncate(path, 3 * path.stat().st_size)
+    os.truncate(run / "replay/0", 3 * (run / "replay/0").stat().st_size)
     go_on(new_house, run, 100)
 
 
@@ -188,7 +193,7 @@ def test_other_intervals_may_be_asked_for(new_house, tmp_path):
 def test_keys_of_any_name_train_and_come_back(new_house, tmp_path):
     run = train(new_house, tmp_path, "--env-id", "toy_envs:Keys-v0")
     go_on(new_house, run)
-    assert len(list((run / "replay/0").iterdir())) == 9 + 7
+    assert len(stored(run).dtype) == 9 + 7
 
 
 @pytest.fixture(scope="module")
@@ -198,8 +203,8 @@ def finished(tmp_path_factory):
 
 
 BROKEN = {
-    "cut replay": lambda run: os.truncate(run / "replay/0/vector", 100),
-    "lost replay": lambda run: (run / "replay/0/reward").unlink(),
+    "cut replay": lambda run: os.truncate(run / "replay/0", 100),
+    "lost replay": lambda run: (run / "replay/0").unlink(),
     "cut checkpoint": lambda run: os.truncate(run / "checkpoint.pt", 10_000),
     "empty checkpoint": lambda run: os.truncate(run / "checkpoint.pt", 0),
     "lost checkpoint": lambda run: (run / "checkpoint.pt").unlink(),
@@ -498,7 +503,7 @@ def test_torchrun_trains_stops_and_resumes(ported, tmp_path):
     updates = progress(run)[1]
     assert frames(run) == 100 and updates > 10 and metrics(run)
     assert {path.name for path in (run / "replay").iterdir()} == {"0", "1"}
-    vectors = [np.fromfile(run / f"replay/{rank}/vector", np.float32)[:90] for rank in (0, 1)]
+    vectors = [stored(run, rank)["vector"][:30] for rank in (0, 1)]
     assert not np.array_equal(*vectors)  # each has environments of its own
     for sent_to in (0, 1):
         before = frames(run)
