@@ -1035,7 +1035,7 @@ def train(args):
     frame, updates, budget, due = saved.get("progress", (0, 0, 0, math.inf))
     records = int(1.02 * args.total_timesteps / args.action_repeat) + args.num_envs  # those of resets among them
     steps = envs.num_envs, min(args.replay_size, records) // args.num_envs, args.batch_length
-    replay = Replay(f"{run}/replay/0", agent.layout(), *steps, saved.get("replay"))
+    replay = Replay(f"{run}/replay/steps", agent.layout(), *steps, saved.get("replay"))
     Path(f"{run}/args.tmp").write_text(json.dumps(asdict(args) | {"script": SCRIPT}, indent=1))
     os.replace(f"{run}/args.tmp", f"{run}/args.json")
     if args.track:

@@ -1033,6 +1033,7 @@ def setup(args):
         sys.exit(f"--num-envs {args.num_envs} and --batch-size {args.batch_size} must be multiples of {world}")
     if world > 1:
         dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(hours=9))  # while the first evaluates
+        sys.stdout = sys.stdout if dist.get_rank() == 0 else open(os.devnull, "w")
     if cuda:
         torch.cuda.set_device(device)
     elif sys.platform == "linux":  # glibc is to keep freed memory, or page faults cost an eighth of an update
@@ -1098,26 +1099,26 @@ def train(args):
     if world > 1:
         dist.broadcast_object_list(name)
     run, saved = args.resume or f"{args.run_dir}/{name[0]}", load(args.resume, agent) if args.resume else {}
+    run = f"{run}/{rank}" if rank > 0 else run  # each process has its replay and its log
     frame, updates, budget = saved.get("progress", (0, 0, 1.0))
     records = int(1.02 * args.total_timesteps / args.action_repeat) + args.num_envs  # those of resets among them
     steps = envs.num_envs, min(args.replay_size, records) // args.num_envs, args.batch_length
-    replay = Replay(f"{run}/replay/{rank}", agent.layout(), *steps, saved.get("replay"))
-    if rank == 0:
-        Path(f"{run}/args.tmp").write_text(json.dumps(asdict(args) | {"script": SCRIPT}, indent=1))
-        os.replace(f"{run}/args.tmp", f"{run}/args.json")
-        if args.track:
-            import wandb
+    replay = Replay(f"{run}/replay/steps", agent.layout(), *steps, saved.get("replay"))
+    Path(f"{run}/args.tmp").write_text(json.dumps(asdict(args) | {"script": SCRIPT}, indent=1))
+    os.replace(f"{run}/args.tmp", f"{run}/args.json")
+    if args.track and rank == 0:
+        import wandb
 
-            names = dict(project=args.wandb_project_name, entity=args.wandb_entity, name=os.path.basename(run))
-            wandb.init(**names, config=vars(args), sync_tensorboard=True)
-        writer = SummaryWriter(run, purge_step=frame + 1)
-        print(f"{run}: {sum(p.numel() for p in agent.trained):,} parameters, {device}")
+        names = dict(project=args.wandb_project_name, entity=args.wandb_entity, name=os.path.basename(run))
+        wandb.init(**names, config=vars(args), sync_tensorboard=True)
+    writer = SummaryWriter(run, purge_step=frame + 1)
+    print(f"{run}: {sum(p.numel() for p in agent.trained):,} parameters, {device}")
 
     stop = []
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # the first ends in good order, the next at once
         signal.signal(number, lambda number, _: os._exit(128 + number) if stop else stop.append(number))
-    act, update, overlap = Graph(agent.act, device), Graph(agent.update, device), hasattr(envs, "step_async")
-    passed = lambda every: every and frame // every > before // every  # noqa: E731
+    act, update = Graph(agent.act, device), Graph(agent.update, device)
+    passed = lambda every: rank == 0 and every and frame // every > before // every  # noqa: E731
     rng = np.random.default_rng([0, args.seed, frame, rank])
     torch.manual_seed(int(rng.integers(2**63)))
     obs, _ = envs.reset(seed=rng.integers(2**32, size=envs.num_envs).tolist())
@@ -1130,25 +1131,25 @@ def train(args):
         led_here = carry[2].cpu()
         carry = act(to_tensors(record, device), carry)
         replay.add(record | dict(action=led_here, deter=carry[0].cpu(), stoch=carry[1].argmax(-1).cpu()))
-        action = agent.env_action(carry[2])
+        action, overlap = agent.env_action(carry[2]), hasattr(envs, "step_async")
         if overlap:  # the environments run while the model learns
             envs.step_async(action)
 
         # Learn: one update when the replay holds a first batch, then `train_ratio` replayed steps for each new one
-        if len(replay) * world >= args.batch_size * args.batch_length:
-            while budget >= 1 and not (stop and world == 1):
-                data, index = ahead or replay.sample(args.batch_size // world, rng, device)
-                latents, metrics = update(data)
-                if device.type == "cuda":  # the next batch is read while the GPU works
-                    ahead = replay.sample(args.batch_size // world, rng, device)
-                values = torch.stack(list(metrics.values())).cpu().numpy()
-                if not np.isfinite(values).all():
-                    bad = [key for key, value in metrics.items() if not value.isfinite()]
-                    sys.exit(f"\nnot finite in update {updates + 1}, frame {frame}: {bad}; the last checkpoint is kept")
-                for key, value in latents.items():
-                    replay.steps[key][index] = value.cpu()
-                totals, updates, budget = totals + values, updates + 1, budget - 1
-            budget += args.num_envs * args.train_ratio / (args.batch_size * args.batch_length)
+        ready = len(replay) * world >= args.batch_size * args.batch_length
+        while ready and budget >= 1 and not (stop and world == 1):
+            data, index = ahead or replay.sample(args.batch_size // world, rng, device)
+            latents, metrics = update(data)
+            if device.type == "cuda":  # the next batch is read while the GPU works
+                ahead = replay.sample(args.batch_size // world, rng, device)
+            values = torch.stack(list(metrics.values())).cpu().numpy()
+            if not np.isfinite(values).all():
+                bad = [key for key, value in metrics.items() if not value.isfinite()]
+                sys.exit(f"\nnot finite in update {updates + 1}, frame {frame}: {bad}; the last checkpoint is kept")
+            for key, value in latents.items():
+                replay.steps[key][index] = value.cpu()
+            totals, updates, budget = totals + values, updates + 1, budget - 1
+        budget += ready * args.num_envs * args.train_ratio / (args.batch_size * args.batch_length)
 
         # Step: the first step after an episode's last one resets, and is no frame
         obs, reward, terminated, truncated, info = envs.step_wait() if overlap else envs.step(action)
@@ -1165,17 +1166,15 @@ def train(args):
         before, frame = frame, frame + taken * args.action_repeat
 
         # Save: the checkpoint is there whole or not at all; the replay that belongs to it lies beside it
-        if passed(args.save_every) or passed(args.eval_every) or ending or frame >= args.total_timesteps:
+        ending = ending or frame >= args.total_timesteps
+        if passed(args.save_every) or passed(args.eval_every) or ending and rank == 0:
             replay.steps.flush()
-            if rank == 0:
-                state = dict(agent=agent.state_dict(), optimizer=agent.optimizer.state(), replay=replay.state_dict())
-                with open(f"{run}/checkpoint.tmp", "wb") as file:
-                    torch.save(state | {"progress": (frame, updates, budget)}, file)
-                    file.flush()
-                    os.fsync(file.fileno())
-                os.replace(f"{run}/checkpoint.tmp", f"{run}/checkpoint.pt")
-        if rank > 0:
-            continue
+            state = dict(agent=agent.state_dict(), optimizer=agent.optimizer.state(), replay=replay.state_dict())
+            with open(f"{run}/checkpoint.tmp", "wb") as file:
+                torch.save(state | {"progress": (frame, updates, budget)}, file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(f"{run}/checkpoint.tmp", f"{run}/checkpoint.pt")
 
         # Log
         bar.update(frame - before)
@@ -1204,9 +1203,8 @@ def train(args):
                 writer.add_scalar(f"eval/{key}_std", value.std(), frame)
     envs.close()
     bar.close()
-    if rank == 0:
-        writer.close()
-        print(f"{'stopped' if stop else 'done'} at frame {frame} and saved: --resume {run}")
+    writer.close()
+    print(f"{'stopped' if stop else 'done'} at frame {frame} and saved: --resume {run}")
     if stop:
         sys.exit(128 + stop[0])
 
