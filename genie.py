@@ -1032,8 +1032,8 @@ def action_grid(agent, video, prompts=3, steps=16):
 
 
 def setup(args):
-    """Device and numerical settings; joins the other processes of `torchrun` -> device, rank, number of processes."""
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    """Device and numerical settings; joins the other processes of `torchrun`."""
+    world = int(os.environ.get("WORLD_SIZE", 1))
     cuda = args.cuda and torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
     if args.tokenizer_batch_size % world or args.batch_size % world:
@@ -1048,7 +1048,7 @@ def setup(args):
     torch.backends.cudnn.deterministic = args.torch_deterministic
     torch.set_float32_matmul_precision("high")
     torch.manual_seed(args.seed)
-    return device, rank, world
+    return device
 
 
 def load(run, agent):
@@ -1065,7 +1065,7 @@ def load(run, agent):
 
 def load_run(args, run):
     """The agent of a run and the frames that its dreams start from."""
-    agent = Agent(args, setup(args)[0])
+    agent = Agent(args, setup(args))
     load(run, agent)
     return agent, agent.prompts
 
@@ -1114,7 +1114,8 @@ def measure(agent, args, video):
 
 def train(args):
     """Three stages: video, tokenizer, latent actions with dynamics; what a run that goes on has is not done again."""
-    device, rank, world = setup(args)
+    device = setup(args)
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     agent, source = Agent(args, device), os.path.basename(os.path.abspath(args.video_dir or args.env_id))
     name = [f"{source}__{args.exp_name}__{args.seed}__{time.time_ns() // 1000}"]
     if world > 1:

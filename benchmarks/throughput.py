@@ -107,12 +107,6 @@ def product_rate(device, dtype):
     return 2 * size**3 / (timing["wall_ms" if device.type == "cuda" else "cpu_ms"] / 1e3)
 
 
-def device_of(script, args):
-    """What a script's `setup` says first, or says alone."""
-    device = script.setup(args)
-    return device[0] if isinstance(device, tuple) else device
-
-
 def frames_per_update(args):
     """Frames of the environment for each update, on average."""
     if hasattr(args, "train_ratio"):  # DreamerV3
@@ -159,7 +153,7 @@ def batch(script, args, agent, spaces):
 def measure(script, flags, options):
     """All figures of one case."""
     args = script.parse_args(flags.split() + switches(options))
-    device = device_of(script, args)
+    device = script.setup(args)
     spaces, action_space = walker_spaces(script, args)
     agent = script.Agent(args, spaces, action_space, device)
     row = {"parameters": sum(p.numel() for p in agent.trained), "batch": [args.batch_size, args.batch_length]}
@@ -239,7 +233,7 @@ class Still(gym.Env):
 def measure_stages(script, flags, options):
     """Figures of World Models: V, M, dreams all at once and one by one, rollouts of the environment per core."""
     args = script.parse_args(flags.split() + switches(options))
-    device = device_of(script, args)
+    device = script.setup(args)
     moves = gym.spaces.Discrete(3) if args.moves else gym.spaces.Box(-1, 1, (3,))
     spaces = {"image": gym.spaces.Box(0, 255, (args.image_size, args.image_size, 3), np.uint8)}
     agent, row = script.Agent(args, spaces, moves, device), {}
@@ -300,7 +294,7 @@ def measure_video(script, flags, options):
 
     for suffix, more in kinds.items():
         args = script.parse_args(flags.split() + more)
-        device = device_of(script, args)
+        device = script.setup(args)
         agent, graph = script.Agent(args, device), script.Graph if not suffix else lambda function, _: function
         row |= {"parameters": sum(p.numel() for p in agent.parameters()), "clip_length": args.clip_length}
         sizes = dict(tokenizer=args.tokenizer_batch_size, dynamics=args.batch_size)
