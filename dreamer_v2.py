@@ -380,7 +380,8 @@ def gaussian(raw):
 
 def kl_gaussian(p, q):
     """KL of Gaussians, mean and standard deviation (..., S, 2), summed over the variables: (...)."""
-    return torch.distributions.kl_divergence(Normal(*p.unbind(-1)), Normal(*q.unbind(-1))).sum(-1)
+    p, q = (Normal(*x.unbind(-1), validate_args=False) for x in (p, q))  # the checks wait for the GPU
+    return torch.distributions.kl_divergence(p, q).sum(-1)
 
 
 def normal_loss(mean, target):
@@ -643,7 +644,6 @@ class WorldModel(nn.Module):
     def __init__(self, args, spaces, action_dim):
         super().__init__()
         self.args, self.spaces = args, spaces
-        Distribution.set_default_validate_args(False)  # checks that wait for the GPU
         feat_dim = args.deter + args.stoch * args.classes
         self.encoder = Encoder(spaces, args)
         self.rssm = RSSM(args, self.encoder.embed_dim, action_dim)
@@ -702,6 +702,7 @@ class Actor(nn.Module):
     def __init__(self, args, feat_dim, action_dim, discrete):
         super().__init__()
         self.discrete = discrete
+        Distribution.set_default_validate_args(False)  # checks that wait for the GPU
         self.layers = MLP(feat_dim, args.units, 4)
         self.outputs = nn.ModuleList(Output(args.units, action_dim) for _ in range(1 if discrete else 2))
 

@@ -44,7 +44,7 @@ import torch
 import torch.nn.functional as F
 import tyro
 from torch import nn
-from torch.distributions import Distribution, Normal
+from torch.distributions import Normal
 from torch.utils._pytree import tree_map
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import Summary
@@ -372,7 +372,8 @@ def gaussian(raw):
 
 def kl_gaussian(p, q):
     """KL of Gaussians, mean and standard deviation (..., S, 2), summed over the variables: (...)."""
-    return torch.distributions.kl_divergence(Normal(*p.unbind(-1)), Normal(*q.unbind(-1))).sum(-1)
+    p, q = (Normal(*x.unbind(-1), validate_args=False) for x in (p, q))  # the checks wait for the GPU
+    return torch.distributions.kl_divergence(p, q).sum(-1)
 
 
 def normal_loss(mean, target):
@@ -575,7 +576,6 @@ class WorldModel(nn.Module):
     def __init__(self, args, spaces, action_dim):
         super().__init__()
         self.args, self.spaces = args, spaces
-        Distribution.set_default_validate_args(False)  # checks that wait for the GPU
         self.encoder = Encoder(spaces, args)
         self.rssm = RSSM(args, self.encoder.embed_dim, action_dim)
         self.decoder = Decoder(spaces, args)
@@ -598,7 +598,7 @@ class WorldModel(nn.Module):
         if args.overshooting_distance > 1:
             far = self.rssm.overshoot(deter, stoch, post, data["action"], args.overshooting_distance)
             losses["overshooting_loss"] = (far - args.free_nats).clamp(min=0).mean(-1)  # (B, T)
-        entropies = [Normal(*moments.unbind(-1)).entropy().sum(-1).mean() for moments in (post, prior)]
+        entropies = [Normal(*x.unbind(-1), validate_args=False).entropy().sum(-1).mean() for x in (post, prior)]
         stats = dict(posterior_entropy=entropies[0], prior_entropy=entropies[1], kl=kl.mean())
         return losses, stats
 

@@ -402,7 +402,7 @@ def test_parity_latents(functions, monkeypatch):
 
 def truncated_normal(loc, scale):
     """A policy over actions (..., A)."""
-    script.Distribution.set_default_validate_args(False)  # as the world model does
+    script.Distribution.set_default_validate_args(False)  # as the actor does
     return script.Independent(script.TruncatedNormal(loc, scale), 1)
 
 
