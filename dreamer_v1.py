@@ -6,34 +6,29 @@ Authors' code: github.com/danijar/dreamer at 56d4d44. Where paper and code disag
     python dreamer_v1.py --env-id dmc-walker-walk --obs state       # train on a CPU, from joint angles
     python dreamer_v1.py --resume runs/<run>                        # continue; --evaluate runs/<run> scores it
 
-The agent learns a world model (encoder, recurrent state-space model, decoder, reward and continue heads) from replayed
-sequences, and an actor and a critic from sequences that the model imagines. Hyper-parameters differ by suite: PRESETS.
+A world model (encoder, recurrent state-space model, decoder, reward and continue heads) learns from replayed sequences,
+an actor and a critic from sequences that it imagines. Hyper-parameters differ by suite: PRESETS.
 
 What changed since planet.py:
- [C1] An actor and a critic, learnt from imagined sequences and λ-returns, instead of a planner: plan, predicted_return,
-      lambda_return, Actor, Behaviour, Agent, imagination_horizon, lmbda, critic.
- [C2] Discrete actions with straight-through gradients; random ones in a share that falls: sample_onehot, Agent.explore,
-      random_actions*.
- [C3] Free nats apply to the KL's average, not to each step; no scale of the reward loss, no overshooting: WorldModel,
-      free_nats, reward_scale, overshooting_*.
- [C4] A GRU that resets after its matrix product; no variants without recurrent state or noise: RSSM, initialise,
-      dynamics.
+ [C1] An actor and a critic that learn from imagined sequences and λ-returns, not a planner: plan, predicted_return,
+      lambda_return, Tanh, Actor, Behaviour, Agent, imagination_horizon, lmbda, critic.
+ [C2] Straight-through gradients of discrete actions, random ones in a share that falls: sample_onehot, random_actions*.
+ [C3] Free nats of the mean KL; no reward scale or overshooting: WorldModel, free_nats, reward_scale, overshooting_*.
+ [C4] A GRU that resets after its matrix product; no variants without state or noise: RSSM, initialise, dynamics.
  [C5] ELU and 400 units; a reward head of 2 hidden layers, not 3: MLP, Encoder, Decoder, WorldModel, units, activation.
  [C6] Images with all their 8 bits and no noise: preprocess, postprocess, bits, Encoder, WorldModel.
  [C7] A continue head if wanted; discounting; tanh rewards: WorldModel, Agent.update, predict_continue, continue_scale,
       discount, tanh_rewards.
  [C8] Adam with smaller epsilon, lower rates, tighter clipping, one for each part: Agent, epsilon, clip, *_rate.
- [C9] Frames, not episodes, until training starts and between updates; sequences are shorter than their episode; action
-      repeat 2 in all tasks: Replay.add, train, train_every, train_steps, prefill, pretrain, seed_episodes, parse_args.
+ [C9] Frames, not episodes, between updates; sequences are shorter than their episode; action repeat 2 in all tasks:
+      Replay.add, train, train_every, train_steps, prefill, pretrain, seed_episodes, parse_args.
 [C10] The representation may be learnt from images or rewards alone: WorldModel.loss, representation_from.
 
-Ablations: `--no-critic` ends returns at the horizon; `--imagination-horizon 5`; `--representation-from reward` learns
-from no image, `--representation-from image` from no reward.
+Ablations: `--no-critic` ends returns at the horizon; `--imagination-horizon 5`; `--representation-from image|reward`.
 
-Not copied from the authors' code: one draw of the latents' noise for all sequences of a batch; sequences never hold an
-episode's last step, so that the continue head sees no end; no update just to create variables; the prefill counts
-finished episodes alone. Not in the authors' code: observations that are vectors. On Atari
-an episode is a game, not a life.
+Not copied from the authors' code: one draw of the latents' noise for all sequences of a batch; sequences that never
+hold an episode's last step, which the continue head needs; an update to create variables; a prefill counted in
+finished episodes; a life of a game as an episode. Not in the authors' code: observations that are vectors.
 
 Shapes: B batch, T time, H imagination horizon, N = B*T starts of imagination, A action, D deter, S stoch variables,
 E embed, F = D + S feat, L = H - 1. Arrays are (B, T, ...). Starts exclude each sequence's last with a continue head.
@@ -63,6 +58,7 @@ import torch
 import torch.nn.functional as F
 import tyro
 from torch import nn
+from torch.distributions import Distribution, Independent, Normal, OneHotCategorical, TransformedDistribution
 from torch.utils._pytree import tree_map
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import Summary
@@ -369,14 +365,20 @@ def gaussian(raw):
 
 def kl_gaussian(p, q):
     """KL of Gaussians, mean and standard deviation (..., S, 2), summed over the variables: (...)."""
-    (p_mean, p_std), (q_mean, q_std) = p.unbind(-1), q.unbind(-1)
-    ratio = (p_std / q_std).square()
-    return ((((p_mean - q_mean) / q_std).square() + ratio - ratio.log() - 1) / 2).sum(-1)
+    p, q = (Normal(*x.unbind(-1), validate_args=False) for x in (p, q))  # the checks wait for the GPU
+    return torch.distributions.kl_divergence(p, q).sum(-1)
 
 
 def normal_loss(mean, target):
     """Negative log-likelihood under a normal of unit variance."""
     return ((mean - target).square() + math.log(2 * math.pi)) / 2
+
+
+class Tanh(torch.distributions.TanhTransform):
+    """tanh, of which 1 has an inverse too, as in the authors' code."""
+
+    def _inverse(self, y):
+        return torch.atanh(y.clamp(-1 + 2**-24, 1 - 2**-24))
 
 
 def sample_onehot(probs):
@@ -534,10 +536,6 @@ class RSSM(nn.Module):
         mean, std = moments.unbind(-1)
         return mean + std * torch.randn_like(std)
 
-    def entropy(self, moments):
-        """Entropy of a distribution, summed over the variables: (...)."""
-        return (moments[..., 1].log() + (1 + math.log(2 * math.pi)) / 2).sum(-1)
-
     def prior(self, deter):
         """Mean and deviation of stoch before the observation: (..., D) -> (..., S, 2)."""
         return gaussian(self.prior_net(deter))
@@ -555,9 +553,8 @@ class RSSM(nn.Module):
         return deter, self.sample(self.prior(deter))
 
     def observe(self, embed, action, is_first, start):
-        """Posterior states along a sequence, from a start state on.
-        embed (B, T, E), action (B, T, A) that led to each step, is_first (B, T)
-        -> deter (B, T, D), stoch (B, T, S), post (B, T, S, 2)."""
+        """Embed (B, T, E), action (B, T, A) that led to each step, is_first (B, T), state before -> posterior states:
+        deter (B, T, D), stoch (B, T, S), post (B, T, S, 2)."""
         mask = 1 - is_first.float().unsqueeze(-1)
         state, steps = start, []
         for inputs in zip(action.unbind(1), embed.unbind(1), mask.unbind(1), strict=True):
@@ -615,7 +612,7 @@ class WorldModel(nn.Module):
             losses["continue_loss"] = F.binary_cross_entropy_with_logits(cont, target, reduction="none")  # (B, T)
         kl = kl_gaussian(post, prior)  # (B, T)
         losses["kl_loss"] = kl.mean().clamp(min=args.free_nats)
-        entropies = [self.rssm.entropy(moments).mean() for moments in (post, prior)]
+        entropies = [Normal(*x.unbind(-1), validate_args=False).entropy().sum(-1).mean() for x in (post, prior)]
         stats = dict(posterior_entropy=entropies[0], prior_entropy=entropies[1], kl=kl.mean())
         return losses, deter, stoch, feat, stats
 
@@ -631,9 +628,9 @@ class WorldModel(nn.Module):
 
     def decode(self, feat):
         """(B, T, F) -> observations as the environment gives them, key -> (B, T, ...)."""
-        means = self.decoder(feat).items()
-        image = lambda x: ((x + 0.5) * 255).clamp(0, 255).round().byte()  # noqa: E731
-        return {key: image(mean) if key in self.decoder.images else mean for key, mean in means}
+        means = self.decoder(feat)
+        images = {key: ((means[key] + 0.5) * 255).clamp(0, 255).round().byte() for key in self.decoder.images}
+        return means | images
 
 
 # === Behaviour ========================================================================================================
@@ -645,40 +642,30 @@ class Actor(nn.Module):
     def __init__(self, args, feat_dim, action_dim, discrete):
         super().__init__()
         self.discrete = discrete
+        Distribution.set_default_validate_args(False)  # checks that wait for the GPU
         self.layers = MLP(feat_dim, args.units, 4)
         self.outputs = nn.ModuleList(Output(args.units, action_dim) for _ in range(1 if discrete else 2))
 
     def forward(self, feat):
-        """(..., F) -> log-probabilities (..., A), or mean and standard deviation of the normal (..., A)."""
+        """(..., F) -> distribution of actions (..., A); Eq. 3 (arXiv:1912.01603v3)."""
         x = self.layers(feat)
         outputs = [output(x) for output in self.outputs]
         if self.discrete:
-            return (outputs[0].log_softmax(-1),)
-        return 5 * torch.tanh(outputs[0] / 5), F.softplus(outputs[1] + math.log(math.exp(5) - 1)) + 1e-4
+            return OneHotCategorical(logits=outputs[0])
+        std = F.softplus(outputs[1] + math.log(math.exp(5) - 1)) + 1e-4
+        return Independent(TransformedDistribution(Normal(5 * torch.tanh(outputs[0] / 5), std), Tanh()), 1)
 
     def sample(self, policy):
-        """-> action (..., A) with the gradient of the policy; Eq. 3 (arXiv:1912.01603v3)."""
-        if self.discrete:
-            return sample_onehot(policy[0].exp())
-        mean, std = policy
-        return torch.tanh(mean + std * torch.randn_like(std))
+        """-> action (..., A)."""
+        return sample_onehot(policy.probs) if self.discrete else policy.rsample()
 
     def mode(self, policy):
         """The likeliest of 100 samples, as in the authors' code; of discrete actions the likeliest."""
         if self.discrete:
-            return F.one_hot(policy[0].argmax(-1), policy[0].shape[-1]).float()
-        policy = [x.expand(100, *x.shape) for x in policy]  # (100, ..., A)
-        action = self.sample(policy)
-        best = self.log_prob(policy, action).argmax(0, keepdim=True).unsqueeze(-1)  # (1, ..., 1)
+            return policy.mode
+        action = policy.rsample((100,))  # (100, ..., A)
+        best = policy.log_prob(action).argmax(0, keepdim=True).unsqueeze(-1)  # (1, ..., 1)
         return action.take_along_dim(best, 0).squeeze(0)
-
-    def log_prob(self, policy, action):
-        if self.discrete:
-            return (policy[0] * action).sum(-1)
-        mean, std = policy
-        x = torch.atanh(action.clamp(-1 + 2**-24, 1 - 2**-24))  # as in the authors' code: 1 has an inverse too
-        normal = ((x - mean) / std).square() / 2 + std.log() + math.log(2 * math.pi) / 2
-        return -(normal + 2 * (math.log(2) - x - F.softplus(-2 * x))).sum(-1)
 
 
 class Behaviour(nn.Module):
@@ -711,13 +698,11 @@ class Behaviour(nn.Module):
         lmbda = args.lmbda if args.critic else 1.0
         returns = lambda_return(reward[:, :-1], cont[:, :-1], value[:, 1:], lmbda)  # (N, L)
         imag_feat = imag_feat.detach()  # (N, H, F)
-        first = torch.ones_like(cont[:, :1])  # (N, 1)
-        weight = torch.cat([first, cont[:, :-1].detach()], 1).cumprod(1)  # (N, H)
+        weight = F.pad(cont[:, :-1].detach(), (1, 0), value=1.0).cumprod(1)  # (N, H)
         losses = {"actor_loss": -weight[:, :-1] * returns}
         value = self.critic(imag_feat[:, :-1]).squeeze(-1)  # (N, L)
         losses["critic_loss"] = weight[:, :-1] * normal_loss(value, returns.detach())  # (N, L)
-        with torch.no_grad():
-            entropy = -actor.log_prob(actor(imag_feat[:, 0]), imag_action[:, 1])  # (N,)
+        entropy = -actor(imag_feat[:, 0]).log_prob(imag_action[:, 1])  # (N,)
         stats = dict(actor_entropy=entropy.mean(), value_mean=value.mean(), return_mean=returns.mean())
         return losses, stats | dict(imagined_reward=reward.mean(), imagined_continue=cont.mean())
 
@@ -741,17 +726,11 @@ class Adam:
         grads = torch._foreach_mul(grads, self.args.clip / norm.clamp(min=self.args.clip))
         self.updates += 1
         torch._foreach_lerp_(self.momentum, grads, 0.1)
-        torch._foreach_mul_(self.square, 0.999)
-        torch._foreach_addcmul_(self.square, grads, grads, 0.001)
-        rms = torch._foreach_sqrt(self.square)
-        torch._foreach_add_(rms, self.args.epsilon)  # PyTorch: after the correction, so that it is smaller at first
+        torch._foreach_lerp_(self.square, torch._foreach_mul(grads, grads), 0.001)
+        rms = torch._foreach_add(torch._foreach_sqrt(self.square), self.args.epsilon)  # PyTorch: after the correction
         rate = self.learning_rate * (1 - 0.999**self.updates).sqrt() / (1 - 0.9**self.updates)
         torch._foreach_sub_(self.params, torch._foreach_mul(torch._foreach_div(self.momentum, rms), rate))
         return norm
-
-    def state(self):
-        """All that an update depends on besides parameters and gradients, as a list of tensors."""
-        return [*self.square, *self.momentum, self.updates]
 
 
 class Agent(nn.Module):
@@ -772,8 +751,8 @@ class Agent(nn.Module):
             "critic": Adam(self.behaviour.critic.parameters(), args.critic_rate, args),
         }
         if args.compile:
-            model, actor = self.world_model, self.behaviour.actor
-            for part, name in ((model.rssm, "obs_step"), (model.rssm, "img_step"), (actor, "forward")):
+            rssm, layers = self.world_model.rssm, self.behaviour.actor.layers
+            for part, name in ((rssm, "obs_step"), (rssm, "img_step"), (layers, "forward")):
                 setattr(part, name, torch.compile(getattr(part, name), dynamic=False))
         self.autocast = lambda: torch.autocast(self.device.type, torch.bfloat16, enabled=args.amp)
 
@@ -801,9 +780,8 @@ class Agent(nn.Module):
 
     def policy(self, deter, stoch, training=True):
         """A sample of the actor's action in a state, or its mode: (num_envs, A)."""
-        actor = self.behaviour.actor
-        policy = actor(feature(deter, stoch))
-        return actor.sample(policy) if training else actor.mode(policy)
+        policy = self.behaviour.actor(feature(deter, stoch))
+        return self.behaviour.actor.sample(policy) if training else self.behaviour.actor.mode(policy)
 
     def explore(self, action):
         """Noise on continuous actions (num_envs, A) or, instead of some discrete ones, random actions."""
@@ -817,10 +795,8 @@ class Agent(nn.Module):
 
     def random_action(self, num_envs):
         """Uniform actions (num_envs, A) for the prefill."""
-        if self.discrete:
-            action = torch.randint(self.action_dim, (num_envs,), device=self.device)
-            return F.one_hot(action, self.action_dim).float()
-        return 2 * torch.rand(num_envs, self.action_dim, device=self.device) - 1
+        action = 2 * torch.rand(num_envs, self.action_dim, device=self.device) - 1
+        return F.one_hot(action.argmax(-1), self.action_dim).float() if self.discrete else action
 
     def env_action(self, action):
         """Actions (num_envs, A) -> what the environments take: (num_envs,) or (num_envs, A)."""
@@ -831,8 +807,7 @@ class Agent(nn.Module):
         return self.world_model.rssm.initial(len(data["reward"]))
 
     def update(self, data):
-        """One step of each optimizer on a batch from the replay -> metrics by key; never waits for the GPU.
-        data: observations (B, T, ...), action, reward and flags."""
+        """One step of each optimizer on a batch from the replay -> metrics by key; never waits for the GPU."""
         args = self.args
         if args.tanh_rewards:
             data = data | {"reward": data["reward"].tanh()}
@@ -851,12 +826,11 @@ class Agent(nn.Module):
     def descend(self, stats, **losses):
         """One step on each loss, by the optimizer's name; all gradients come before the first step."""
         grads = {name: torch.autograd.grad(loss, self.optimizers[name].params) for name, loss in losses.items()}
-        for name, grad in grads.items():
-            stats[f"{name}_grad_norm"] = self.optimizers[name].step(grad)
+        stats |= {f"{name}_grad_norm": self.optimizers[name].step(grad) for name, grad in grads.items()}
 
     def optimizer_state(self):
         """All that the optimizers depend on besides parameters and gradients, as a list of tensors."""
-        return [tensor for optimizer in self.optimizers.values() for tensor in optimizer.state()]
+        return [x for adam in self.optimizers.values() for x in (*adam.square, *adam.momentum, adam.updates)]
 
 
 class Graph:

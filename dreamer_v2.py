@@ -6,27 +6,22 @@ Authors' code: github.com/danijar/dreamerv2 at 07d906e. Where paper and code dis
     python dreamer_v2.py --env-id dmc-walker-walk --obs state       # train on a CPU, from joint angles
     python dreamer_v2.py --resume runs/<run>                        # continue; --evaluate runs/<run> scores it
 
-The agent learns a world model (encoder, recurrent state-space model, decoder, reward and continue heads) from replayed
-sequences, and an actor and a critic from sequences that the model imagines. Hyper-parameters differ by suite: PRESETS.
+A world model (encoder, recurrent state-space model, decoder, reward and continue heads) learns from replayed sequences,
+an actor and a critic from sequences that it imagines. Hyper-parameters differ by suite: PRESETS.
 
 What changed since dreamer_v1.py:
  [C1] 32 categorical variables of 32 classes with straight-through gradients, not 30 Gaussian ones; these are an option:
       kl_divergence, gaussian, RSSM, feature, Decoder, WorldModel, Behaviour, stoch, classes.
- [C2] KL balancing: 0.8 of the loss moves the prior to the posterior, 0.2 the posterior to the prior: balance_kl,
-      WorldModel.loss, kl_balance, free_nats.
- [C3] GRU with layer normalisation, its update gate biased by -1; is_first resets the action too: RSSM, initialise,
-      Agent.act.
- [C4] ELU and 48 channels in the convolutions, 4 layers in every head: Encoder, Decoder, WorldModel, Behaviour, depth,
-      units.
+ [C2] KL balancing: 0.8 of it moves the prior, 0.2 the posterior: balance_kl, WorldModel.loss, kl_balance, free_nats.
+ [C3] GRU with layer normalisation, update gate biased by -1; is_first resets the action: RSSM, initialise, Agent.act.
+ [C4] ELU and 48 channels in convolutions, 4 layers in all heads: Encoder, Decoder, WorldModel, Behaviour, depth, units.
  [C5] Imagination starts from all states, by the updated model, and keeps the start, whose end is known from the data:
       RSSM.imagine, lambda_return, Behaviour, Agent.update, open_loop.
  [C6] Actor gradient by REINFORCE (discrete actions), through the dynamics (continuous) or both; entropy bonus: Actor,
       Behaviour, actor_gradient, actor_gradient_mix, entropy_scale, behaviour_from.
  [C7] Returns from a slow critic, which is the baseline too: Behaviour, Agent, slow_critic_every.
- [C8] Truncated normal actions; nothing disturbs a sample in training: truncated_normal, Actor, Agent, action_noise,
-      random_actions*.
- [C9] Adam with larger epsilon, other learning rates and weight decay: Adam, epsilon, model_rate, critic_rate,
-      weight_decay.
+ [C8] Truncated normal, undisturbed actions: TruncatedNormal, Tanh, Actor, Agent, action_noise, random_actions*.
+ [C9] Adam with weight decay, larger epsilon, other rates: Adam, epsilon, model_rate, critic_rate, weight_decay.
 [C10] An update every few steps, not 100 at once; smaller batches; prefill by suite, which can cut an episode: train,
       train_every, train_steps, batch_size, prefill, pretrain.
 [C11] The last sequence of an episode is drawn more often; 2M steps are kept: Replay, prioritise_ends, replay_size.
@@ -35,9 +30,8 @@ What changed since dreamer_v1.py:
 Ablations: --classes 1 Gaussian latents, --kl-balance 0.5, --imagination-horizon 5, --slow-critic-every 1, --no-critic,
 --representation-from image|reward, --actor-gradient dynamics|both, --behaviour-from replay: nothing is imagined.
 
-Not copied from the authors' code: the episode cut by the prefill's end joined with the next; a slow critic that starts
-with weights of its own; an update to create variables; the game's own actions (paper, and here: all 18); scalars left
-out of vectors.
+Not copied from the authors' code: the episode cut by the prefill's end joined with the next; initial weights of its own
+for the slow critic; an update to create variables; some games' fewer actions (paper: 18); vectors without scalars.
 
 Shapes: B batch, T time, H imagination horizon, N = B*T starts of imagination, A action, D deter, S stoch variables,
 K classes of each, E embed, F = D + S*K feat, P = H + 1, L = H - 1. Arrays are (B, T, ...). Gaussian variables: K = 1.
@@ -67,6 +61,7 @@ import torch
 import torch.nn.functional as F
 import tyro
 from torch import nn
+from torch.distributions import Distribution, Independent, Normal, OneHotCategorical
 from torch.utils._pytree import tree_map
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import Summary
@@ -381,23 +376,10 @@ def gaussian(raw):
     return torch.stack([mean, 2 * torch.sigmoid(std / 2) + 0.1], -1)
 
 
-def truncated_normal(loc, scale):
-    """Sample of a normal that is cut at -1 and 1.
-    Its gradient is that of loc + scale · z for a constant z, as in the authors' code; the exact one, of the inverse
-    distribution function, is several times smaller."""
-    with torch.no_grad():
-        low, high = (-1 - loc) / scale, (1 - loc) / scale
-        below, above = torch.special.ndtr(low), torch.special.ndtr(high)
-        z = torch.special.ndtri(below + torch.rand_like(loc) * (above - below)).clamp(low, high)
-    action = loc + scale * z
-    return action + (action.clamp(1e-6 - 1, 1 - 1e-6) - action).detach()
-
-
 def kl_gaussian(p, q):
     """KL of Gaussians, mean and standard deviation (..., S, 2), summed over the variables: (...)."""
-    (p_mean, p_std), (q_mean, q_std) = p.unbind(-1), q.unbind(-1)
-    ratio = (p_std / q_std).square()
-    return ((((p_mean - q_mean) / q_std).square() + ratio - ratio.log() - 1) / 2).sum(-1)
+    p, q = (Normal(*x.unbind(-1), validate_args=False) for x in (p, q))  # the checks wait for the GPU
+    return torch.distributions.kl_divergence(p, q).sum(-1)
 
 
 def normal_loss(mean, target):
@@ -426,6 +408,29 @@ def balance_kl(kl, post, prior, balance, free_nats):
         return kl(post, prior).clamp(min=free_nats).mean()
     to_post, to_prior = kl(post.detach(), prior).mean(), kl(post, prior.detach()).mean()
     return balance * to_post.clamp(min=free_nats) + (1 - balance) * to_prior.clamp(min=free_nats)
+
+
+class TruncatedNormal(Normal):
+    """Normal that is cut at -1 and 1."""
+
+    def __init__(self, loc, scale):
+        super().__init__(loc, scale)
+        self.mass = self.cdf(1) - self.cdf(-1)
+
+    def rsample(self, sample_shape=()):
+        """Its gradient is that of loc + scale · z for a constant z, as in the authors' code; the exact one, of the
+        inverse distribution function, is several times smaller."""
+        with torch.no_grad():
+            action = self.icdf(self.cdf(-1) + torch.rand_like(self.loc) * self.mass)
+            z = (action.clamp(1e-6 - 1, 1 - 1e-6) - self.loc) / self.scale
+        return self.loc + self.scale * z
+
+    def log_prob(self, action):
+        return super().log_prob(action) - self.mass.log()
+
+    def entropy(self):
+        low, high = ((bound - self.loc) * Normal.log_prob(self, bound).exp() for bound in (-1, 1))
+        return super().entropy() + self.mass.log() + (low - high) / (2 * self.mass)
 
 
 # Time table of what the agent has. Replayed, action[t] led to state t; imagined, action[t] is taken in state t:
@@ -586,9 +591,8 @@ class RSSM(nn.Module):
 
     def entropy(self, logit):
         """Entropy of a distribution, summed over the variables: (...)."""
-        if self.args.classes == 1:
-            return (logit[..., 1].log() + (1 + math.log(2 * math.pi)) / 2).sum(-1)
-        return -(logit.softmax(-1) * logit.log_softmax(-1)).sum((-2, -1))
+        kind = Normal(*logit.unbind(-1)) if self.args.classes == 1 else OneHotCategorical(logits=logit)
+        return kind.entropy().sum(-1)
 
     def prior(self, deter):
         """Logits of stoch before the observation: (..., D) -> (..., S, K)."""
@@ -607,9 +611,8 @@ class RSSM(nn.Module):
         return deter, self.sample(self.prior(deter))
 
     def observe(self, embed, action, is_first, start):
-        """Posterior states along a sequence, from a start state on.
-        embed (B, T, E), action (B, T, A) that led to each step, is_first (B, T)
-        -> deter (B, T, D), stoch (B, T, S, K), post (B, T, S, K)."""
+        """Embed (B, T, E), action (B, T, A) that led to each step, is_first (B, T), state before -> posterior states:
+        deter (B, T, D), stoch (B, T, S, K), post (B, T, S, K)."""
         mask = 1 - is_first.float().unsqueeze(-1)
         state, steps = start, []
         for inputs in zip(action.unbind(1), embed.unbind(1), mask.unbind(1), strict=True):
@@ -683,9 +686,9 @@ class WorldModel(nn.Module):
 
     def decode(self, feat):
         """(B, T, F) -> observations as the environment gives them, key -> (B, T, ...)."""
-        means = self.decoder(feat).items()
-        image = lambda x: ((x + 0.5) * 255).clamp(0, 255).round().byte()  # noqa: E731
-        return {key: image(mean) if key in self.decoder.images else mean for key, mean in means}
+        means = self.decoder(feat)
+        images = {key: ((means[key] + 0.5) * 255).clamp(0, 255).round().byte() for key in self.decoder.images}
+        return means | images
 
 
 # === Behaviour ========================================================================================================
@@ -697,43 +700,22 @@ class Actor(nn.Module):
     def __init__(self, args, feat_dim, action_dim, discrete):
         super().__init__()
         self.discrete = discrete
+        Distribution.set_default_validate_args(False)  # checks that wait for the GPU
         self.layers = MLP(feat_dim, args.units, 4)
         self.outputs = nn.ModuleList(Output(args.units, action_dim) for _ in range(1 if discrete else 2))
 
     def forward(self, feat):
-        """(..., F) -> log-probabilities (..., A), or location and scale (..., A)."""
+        """(..., F) -> distribution of actions (..., A)."""
         x = self.layers(feat)
         outputs = [output(x) for output in self.outputs]
         if self.discrete:
-            return (outputs[0].log_softmax(-1),)
-        return outputs[0].tanh(), 2 * torch.sigmoid(outputs[1] / 2) + 0.1
+            return OneHotCategorical(logits=outputs[0])
+        std = 2 * torch.sigmoid(outputs[1] / 2) + 0.1
+        return Independent(TruncatedNormal(outputs[0].tanh(), std), 1)
 
     def sample(self, policy):
         """-> action (..., A)."""
-        return sample_onehot(policy[0].exp()) if self.discrete else truncated_normal(*policy)
-
-    def mode(self, policy):
-        return F.one_hot(policy[0].argmax(-1), policy[0].shape[-1]).float() if self.discrete else policy[0]
-
-    def bounds(self, policy):
-        """Of the truncated normal: bounds in standard deviations, log of the probability between them (..., A)."""
-        low, high = ((bound - policy[0]) / policy[1] for bound in (-1, 1))
-        return low, high, (torch.special.ndtr(high) - torch.special.ndtr(low)).log()
-
-    def log_prob(self, policy, action):
-        if self.discrete:
-            return (policy[0] * action.detach()).sum(-1)
-        loc, scale = policy
-        normal = ((action - loc) / scale).square() / 2 + scale.log() + math.log(2 * math.pi) / 2
-        return -(normal + self.bounds(policy)[2]).sum(-1)
-
-    def entropy(self, policy):
-        if self.discrete:
-            return -(policy[0].exp() * policy[0]).sum(-1)
-        low, high, log_mass = self.bounds(policy)
-        slope = low * (-low.square() / 2).exp() - high * (-high.square() / 2).exp()
-        slope = slope / math.sqrt(2 * math.pi) / (2 * log_mass.exp())
-        return (policy[1].log() + (1 + math.log(2 * math.pi)) / 2 + log_mass + slope).sum(-1)
+        return sample_onehot(policy.probs) if self.discrete else policy.rsample()
 
 
 class Behaviour(nn.Module):
@@ -769,27 +751,21 @@ class Behaviour(nn.Module):
         args, actor = self.args, self.actor
         with torch.set_grad_enabled(self.actor_gradient != "reinforce"):
             imag_feat, imag_action, reward, cont = self.sequences(world_model, data, deter, stoch, feat)
-            slow_value = torch.zeros_like(reward)  # (N, P)
-            if args.critic:
-                slow_value = self.slow_critic(imag_feat).squeeze(-1)  # (N, P)
+            slow_value = self.slow_critic(imag_feat).squeeze(-1) if args.critic else torch.zeros_like(reward)  # (N, P)
             lmbda = args.lmbda if args.critic else 1.0
             returns = lambda_return(reward[:, :-1], cont[:, :-1], slow_value[:, 1:], lmbda)  # (N, H)
         torch.clear_autocast_cache()  # which holds copies of the actor's weights that were made without gradient
         imag_feat = imag_feat.detach()  # (N, P, F)
-        first = torch.ones_like(cont[:, :1])  # (N, 1)
-        weight = torch.cat([first, cont[:, :-1].detach()], 1).cumprod(1)  # (N, P)
+        weight = F.pad(cont[:, :-1].detach(), (1, 0), value=1.0).cumprod(1)  # (N, P)
         # the action at t earns what follows it: the return of t + 1, which starts with the reward of t + 1
         policy = actor(imag_feat[:, :-2])
-        entropy = actor.entropy(policy)  # (N, L)
-        target = returns[:, 1:]  # (N, L)
+        entropy = policy.entropy()  # (N, L)
+        objective = target = returns[:, 1:]  # (N, L)
         advantage = (target - slow_value[:, :-2]).detach()  # (N, L)
-        if self.actor_gradient == "dynamics":
-            objective = target
-        else:
-            objective = actor.log_prob(policy, imag_action[:, :-2]) * advantage  # (N, L)
+        if self.actor_gradient != "dynamics":
+            objective = policy.log_prob(imag_action[:, :-2]) * advantage  # (N, L)
         if self.actor_gradient == "both":  # a continuous action has a gradient in log_prob too: so in the authors' code
-            mix = args.actor_gradient_mix
-            objective = mix * target + (1 - mix) * objective  # (N, L)
+            objective = args.actor_gradient_mix * target + (1 - args.actor_gradient_mix) * objective  # (N, L)
         losses = {"actor_loss": -weight[:, :-2] * (objective + args.entropy_scale * entropy)}
         value = self.critic(imag_feat[:, :-1]).squeeze(-1)  # (N, H)
         losses["critic_loss"] = weight[:, :-1] * normal_loss(value, returns.detach())  # (N, H)
@@ -817,18 +793,12 @@ class Adam:
         grads = torch._foreach_mul(grads, self.args.clip / norm.clamp(min=self.args.clip))
         self.updates += 1
         torch._foreach_lerp_(self.momentum, grads, 0.1)
-        torch._foreach_mul_(self.square, 0.999)
-        torch._foreach_addcmul_(self.square, grads, grads, 0.001)
-        rms = torch._foreach_sqrt(self.square)
-        torch._foreach_add_(rms, self.args.epsilon)  # PyTorch: after the correction, so that it is smaller at first
+        torch._foreach_lerp_(self.square, torch._foreach_mul(grads, grads), 0.001)
+        rms = torch._foreach_add(torch._foreach_sqrt(self.square), self.args.epsilon)  # PyTorch: after the correction
         rate = self.learning_rate * (1 - 0.999**self.updates).sqrt() / (1 - 0.9**self.updates)
         torch._foreach_mul_(self.params, 1 - self.args.weight_decay)
         torch._foreach_sub_(self.params, torch._foreach_mul(torch._foreach_div(self.momentum, rms), rate))
         return norm
-
-    def state(self):
-        """All that an update depends on besides parameters and gradients, as a list of tensors."""
-        return [*self.square, *self.momentum, self.updates]
 
 
 class Agent(nn.Module):
@@ -850,8 +820,8 @@ class Agent(nn.Module):
             "critic": Adam(self.behaviour.critic.parameters(), args.critic_rate, args),
         }
         if args.compile:
-            model, actor = self.world_model, self.behaviour.actor
-            for part, name in ((model.rssm, "obs_step"), (model.rssm, "img_step"), (actor, "forward")):
+            rssm, layers = self.world_model.rssm, self.behaviour.actor.layers
+            for part, name in ((rssm, "obs_step"), (rssm, "img_step"), (layers, "forward")):
                 setattr(part, name, torch.compile(getattr(part, name), dynamic=False))
         self.autocast = lambda: torch.autocast(self.device.type, torch.bfloat16, enabled=args.amp)
 
@@ -867,8 +837,7 @@ class Agent(nn.Module):
 
     @torch.no_grad()
     def act(self, obs, carry, training=True):
-        """Observations (num_envs, ...) with is_first, what it returned last -> deter, stoch, a sample of the action.
-        In evaluation, the action is the mode."""
+        """Observations (num_envs, ...) with is_first, what it returned last -> deter, stoch, action: sample or mode."""
         deter, stoch, action = carry
         with self.autocast():
             embed = self.world_model.encoder({key: obs[key].unsqueeze(1) for key in self.spaces}).squeeze(1)
@@ -878,16 +847,13 @@ class Agent(nn.Module):
 
     def policy(self, deter, stoch, training=True):
         """A sample of the actor's action in a state, or its mode: (num_envs, A)."""
-        actor = self.behaviour.actor
-        policy = actor(feature(deter, stoch))
-        return actor.sample(policy) if training else actor.mode(policy)
+        policy = self.behaviour.actor(feature(deter, stoch))
+        return self.behaviour.actor.sample(policy) if training else policy.mode
 
     def random_action(self, num_envs):
         """Uniform actions (num_envs, A) for the prefill."""
-        if self.discrete:
-            action = torch.randint(self.action_dim, (num_envs,), device=self.device)
-            return F.one_hot(action, self.action_dim).float()
-        return 2 * torch.rand(num_envs, self.action_dim, device=self.device) - 1
+        action = 2 * torch.rand(num_envs, self.action_dim, device=self.device) - 1
+        return F.one_hot(action.argmax(-1), self.action_dim).float() if self.discrete else action
 
     def env_action(self, action):
         """Actions (num_envs, A) -> what the environments take: (num_envs,) or (num_envs, A)."""
@@ -898,8 +864,7 @@ class Agent(nn.Module):
         return self.world_model.rssm.initial(len(data["reward"]))
 
     def update(self, data):
-        """One step of each optimizer on a batch from the replay -> metrics by key; never waits for the GPU.
-        data: observations (B, T, ...), action, reward and flags."""
+        """One step of each optimizer on a batch from the replay -> metrics by key; never waits for the GPU."""
         args = self.args
         if args.tanh_rewards:
             data = data | {"reward": data["reward"].tanh()}
@@ -925,12 +890,11 @@ class Agent(nn.Module):
     def descend(self, stats, **losses):
         """One step on each loss, by the optimizer's name; all gradients come before the first step."""
         grads = {name: torch.autograd.grad(loss, self.optimizers[name].params) for name, loss in losses.items()}
-        for name, grad in grads.items():
-            stats[f"{name}_grad_norm"] = self.optimizers[name].step(grad)
+        stats |= {f"{name}_grad_norm": self.optimizers[name].step(grad) for name, grad in grads.items()}
 
     def optimizer_state(self):
         """All that the optimizers depend on besides parameters and gradients, as a list of tensors."""
-        return [tensor for optimizer in self.optimizers.values() for tensor in optimizer.state()]
+        return [x for adam in self.optimizers.values() for x in (*adam.square, *adam.momentum, adam.updates)]
 
 
 class Graph:

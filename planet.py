@@ -6,18 +6,16 @@ Authors' code: github.com/google-research/planet at c04226b. Where paper and cod
     python planet.py --env-id dmc-cartpole-swingup --obs state      # train, from positions and velocities
     python planet.py --resume runs/<run>                            # continue; --evaluate runs/<run> scores it
 
-The agent learns a world model (encoder, recurrent state-space model, decoder, reward head) from replayed sequences and
-has no policy: before every action it searches, in the model, for the action sequence with the largest sum of rewards.
-Planning is as much work as learning: 120,000 steps of the model for one action. It is done in float32 under --amp too.
+A world model (encoder, recurrent state-space model, decoder, reward head) learns from replayed sequences. There is no
+policy: before every action, the agent searches the model for the actions with the largest sum of rewards. This takes
+120,000 steps of the model, as much work as learning, and is done in float32 under --amp too.
 
-Ablations: `--dynamics ssm` has no recurrent state, `--dynamics rnn` no noise and no KL loss; `--planner
-random-shooting`; `--overshooting-distance 50` trains predictions over several steps too; `--activation elu`;
-`--planning-horizon`, of 1 to 30 steps; `--candidates`, `--iterations`, `--elites`; `--bits 8`.
+Ablations: `--dynamics ssm` has no recurrent state, `--dynamics rnn` no noise and no KL loss; `--overshooting-distance
+50`; `--planner random-shooting`; `--planning-horizon`, of 1 to 30 steps; `--activation elu`; `--bits 8`.
 
-Not copied from the authors' code: planning for several environments scores each one's candidates from its own state,
-not from another's; the overshooting loss leaves out what lies beyond the sequence, where theirs is not a number; mean
-and deviation come from one layer, not two; all episodes can be drawn at once, not after the current 20 updates. Not in
-paper or code: observations that are vectors, discrete actions (the largest of A planned numbers), Atari.
+Not copied from the authors' code: several environments' candidates scored from one another's states; an overshooting
+loss that is not a number beyond the sequence; a layer each for mean and deviation; new episodes drawn only after the
+current 20 updates. Not in paper or code: vectors, discrete actions (the largest of A planned numbers), Atari.
 
 Shapes: B batch, T time, A action, D deter, S stoch variables, E embed, F = D + S feat; of the planner N environments,
 J candidates, M = N*J, K elites, H planning horizon. Arrays are (B, T, ...).
@@ -47,6 +45,7 @@ import torch
 import torch.nn.functional as F
 import tyro
 from torch import nn
+from torch.distributions import Normal
 from torch.utils._pytree import tree_map
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import Summary
@@ -371,9 +370,8 @@ def gaussian(raw):
 
 def kl_gaussian(p, q):
     """KL of Gaussians, mean and standard deviation (..., S, 2), summed over the variables: (...)."""
-    (p_mean, p_std), (q_mean, q_std) = p.unbind(-1), q.unbind(-1)
-    ratio = (p_std / q_std).square()
-    return ((((p_mean - q_mean) / q_std).square() + ratio - ratio.log() - 1) / 2).sum(-1)
+    p, q = (Normal(*x.unbind(-1), validate_args=False) for x in (p, q))  # the checks wait for the GPU
+    return torch.distributions.kl_divergence(p, q).sum(-1)
 
 
 def normal_loss(mean, target):
@@ -503,10 +501,8 @@ class RSSM(nn.Module):
         x = self.inputs(torch.cat([stoch, action], -1))
         if not self.recurrent:
             return gaussian(self.prior_net(x)).transpose(-1, -2).flatten(-2)
-        reset, update = self.gates(torch.cat([x, deter], -1)).float().chunk(2, -1)
-        reset = torch.sigmoid(reset + 1)
+        reset, update = torch.sigmoid(self.gates(torch.cat([x, deter], -1)).float() + 1).chunk(2, -1)
         cand = torch.tanh(self.cand(torch.cat([x, reset * deter], -1)).float())  # resets before the last layer
-        update = torch.sigmoid(update + 1)
         return update * deter + (1 - update) * cand
 
     def sample(self, moments):
@@ -515,10 +511,6 @@ class RSSM(nn.Module):
         if self.args.dynamics == "rnn":
             return mean
         return mean + std * torch.randn_like(std)
-
-    def entropy(self, moments):
-        """Entropy of a distribution, summed over the variables: (...)."""
-        return (moments[..., 1].log() + (1 + math.log(2 * math.pi)) / 2).sum(-1)
 
     def prior(self, deter):
         """Mean and deviation of stoch before the observation: (..., D) -> (..., S, 2)."""
@@ -539,9 +531,8 @@ class RSSM(nn.Module):
         return deter, self.sample(self.prior(deter))
 
     def observe(self, embed, action, is_first, start):
-        """Posterior states along a sequence, from a start state on.
-        embed (B, T, E), action (B, T, A) that led to each step, is_first (B, T)
-        -> deter (B, T, D), stoch (B, T, S), post (B, T, S, 2)."""
+        """Embed (B, T, E), action (B, T, A) that led to each step, is_first (B, T), state before -> posterior states:
+        deter (B, T, D), stoch (B, T, S), post (B, T, S, 2)."""
         mask = 1 - is_first.float().unsqueeze(-1)
         state, steps = start, []
         for inputs in zip(action.unbind(1), embed.unbind(1), mask.unbind(1), strict=True):
@@ -563,8 +554,7 @@ class RSSM(nn.Module):
         deter (B, T, D), stoch (B, T, S), post (B, T, S, 2), action (B, T, A)
         -> (B, T, distance - 1): step t and those after it, as predicted from t - 1; 0 beyond the sequence."""
         T, kls = deter.shape[1], []
-        initial = (zeros.unsqueeze(1) for zeros in self.initial(len(deter)))
-        deter, stoch = (torch.cat([zero, x[:, :-1]], 1) for zero, x in zip(initial, (deter, stoch), strict=True))
+        deter, stoch = (F.pad(x[:, :-1], (0, 0, 1, 0)) for x in (deter, stoch))  # of the step before; zeros at first
         for k in range(distance):
             deter = self.gru(deter[:, : T - k], stoch[:, : T - k], action[:, k:])
             prior = self.prior(deter)
@@ -606,7 +596,7 @@ class WorldModel(nn.Module):
         if args.overshooting_distance > 1:
             far = self.rssm.overshoot(deter, stoch, post, data["action"], args.overshooting_distance)
             losses["overshooting_loss"] = (far - args.free_nats).clamp(min=0).mean(-1)  # (B, T)
-        entropies = [self.rssm.entropy(moments).mean() for moments in (post, prior)]
+        entropies = [Normal(*x.unbind(-1), validate_args=False).entropy().sum(-1).mean() for x in (post, prior)]
         stats = dict(posterior_entropy=entropies[0], prior_entropy=entropies[1], kl=kl.mean())
         return losses, stats
 
@@ -668,21 +658,15 @@ class Adam:
         grads = torch._foreach_mul(grads, self.args.clip / norm.clamp(min=self.args.clip))
         self.updates += 1
         torch._foreach_lerp_(self.momentum, grads, 0.1)
-        torch._foreach_mul_(self.square, 0.999)
-        torch._foreach_addcmul_(self.square, grads, grads, 0.001)
-        rms = torch._foreach_sqrt(self.square)
-        torch._foreach_add_(rms, self.args.epsilon)  # PyTorch: after the correction, so that it is smaller at first
+        torch._foreach_lerp_(self.square, torch._foreach_mul(grads, grads), 0.001)
+        rms = torch._foreach_add(torch._foreach_sqrt(self.square), self.args.epsilon)  # PyTorch: after the correction
         rate = self.learning_rate * (1 - 0.999**self.updates).sqrt() / (1 - 0.9**self.updates)
         torch._foreach_sub_(self.params, torch._foreach_mul(torch._foreach_div(self.momentum, rms), rate))
         return norm
 
-    def state(self):
-        """All that an update depends on besides parameters and gradients, as a list of tensors."""
-        return [*self.square, *self.momentum, self.updates]
-
 
 class Agent(nn.Module):
-    """World model, planner and optimizer: what is trained and what acts."""
+    """World model and behaviour: what is trained and what acts."""
 
     def __init__(self, args, spaces, action_space, device="cpu"):
         super().__init__()
@@ -696,8 +680,8 @@ class Agent(nn.Module):
             "world_model": Adam(self.world_model.parameters(), args.model_rate, args),
         }
         if args.compile:
-            model = self.world_model
-            for part, name in ((model.rssm, "obs_step"), (model.rssm, "img_step")):
+            rssm = self.world_model.rssm
+            for part, name in ((rssm, "obs_step"), (rssm, "img_step")):
                 setattr(part, name, torch.compile(getattr(part, name), dynamic=False))
         self.autocast = lambda: torch.autocast(self.device.type, torch.bfloat16, enabled=args.amp)
 
@@ -745,10 +729,8 @@ class Agent(nn.Module):
 
     def random_action(self, num_envs):
         """Uniform actions (num_envs, A) for the prefill."""
-        if self.discrete:
-            action = torch.randint(self.action_dim, (num_envs,), device=self.device)
-            return F.one_hot(action, self.action_dim).float()
-        return 2 * torch.rand(num_envs, self.action_dim, device=self.device) - 1
+        action = 2 * torch.rand(num_envs, self.action_dim, device=self.device) - 1
+        return F.one_hot(action.argmax(-1), self.action_dim).float() if self.discrete else action
 
     def env_action(self, action):
         """Actions (num_envs, A) -> what the environments take: (num_envs,) or (num_envs, A)."""
@@ -759,8 +741,7 @@ class Agent(nn.Module):
         return self.world_model.rssm.initial(len(data["reward"]))
 
     def update(self, data):
-        """One step of each optimizer on a batch from the replay -> metrics by key; never waits for the GPU.
-        data: observations (B, T, ...), action, reward and flags."""
+        """One step of each optimizer on a batch from the replay -> metrics by key; never waits for the GPU."""
         args = self.args
         with self.autocast():
             losses, stats = self.world_model.loss(data, self.start(data))
@@ -775,12 +756,11 @@ class Agent(nn.Module):
     def descend(self, stats, **losses):
         """One step on each loss, by the optimizer's name; all gradients come before the first step."""
         grads = {name: torch.autograd.grad(loss, self.optimizers[name].params) for name, loss in losses.items()}
-        for name, grad in grads.items():
-            stats[f"{name}_grad_norm"] = self.optimizers[name].step(grad)
+        stats |= {f"{name}_grad_norm": self.optimizers[name].step(grad) for name, grad in grads.items()}
 
     def optimizer_state(self):
         """All that the optimizers depend on besides parameters and gradients, as a list of tensors."""
-        return [tensor for optimizer in self.optimizers.values() for tensor in optimizer.state()]
+        return [x for adam in self.optimizers.values() for x in (*adam.square, *adam.momentum, adam.updates)]
 
 
 class Graph:

@@ -41,6 +41,8 @@ def draws(**queues):
     with pytest.MonkeyPatch.context() as patch:
         for name in queues:
             patch.setattr(torch, name, lambda like, name=name: take(name, like))
+        normal = lambda shape, **_: take("randn_like", torch.empty(shape))  # noqa: E731, what Normal calls
+        patch.setattr(torch.distributions.normal, "_standard_normal", normal)
         yield
     assert not any(queues.values()), "something that was recorded was not drawn"
 
@@ -211,9 +213,9 @@ def test_parity_world_model(case):
         close(losses["continue_loss"], -golden["step1/wm/pcont_logprob"])
     expected = {"recon_loss_image", "reward_loss", "kl_loss"} | ({"continue_loss"} if args.predict_continue else set())
     assert set(losses) == expected
-    mean, std = case.agent.behaviour.actor(feat)
-    close(mean, golden["step1/wm/actor_normal_mean"])
-    close(std, golden["step1/wm/actor_normal_std"])
+    policy = case.agent.behaviour.actor(feat).base_dist.base_dist
+    close(policy.loc, golden["step1/wm/actor_normal_mean"])
+    close(policy.scale, golden["step1/wm/actor_normal_std"])
     close(case.agent.behaviour.critic(feat).squeeze(-1), golden["step1/wm/value_mean"])
 
 
@@ -340,34 +342,38 @@ def an_actor(discrete, units=4):
     return script.Actor(script.Args(units=units), 3, 3, discrete).to(DEVICE)
 
 
+def tanh_normal(mean, std):
+    """A policy over actions (..., A)."""
+    return script.Independent(script.TransformedDistribution(script.Normal(mean, std), script.Tanh()), 1)
+
+
 def test_parity_one_hot_actions(functions):
     actor, logit = an_actor(discrete=True), tensor(functions["onehot/logits"]).requires_grad_()
-    policy = (logit.log_softmax(-1),)
-    probs, index = policy[0].exp(), tensor(functions["onehot/sample"]).argmax(-1, keepdim=True)
+    policy = script.OneHotCategorical(logits=logit)
+    probs, index = policy.probs, tensor(functions["onehot/sample"]).argmax(-1, keepdim=True)
     noise = (probs.cumsum(-1).gather(-1, index) - probs.gather(-1, index) / 2).detach()
     with draws(rand_like=[noise]):
         sample = actor.sample(policy)
     close(sample, functions["onehot/sample"])
     close(gradients(sample, logit, functions["onehot/upstream"])[0], functions["onehot/grad_logits"])
-    close(actor.log_prob(policy, sample.detach()), functions["onehot/log_prob"])
+    close(policy.log_prob(sample.detach()), functions["onehot/log_prob"])
     close(actor.mode(policy), functions["onehot/mode"])
 
 
 def test_parity_tanh_normal(functions):
     read, actor = lambda name: tensor(functions[f"tanh_normal/{name}"]), an_actor(discrete=False)  # noqa: E731
-    policy = read("mean"), read("std")
+    policy = tanh_normal(read("mean"), read("std"))
     with draws(randn_like=[read("eps")]):
         close(actor.sample(policy), functions["tanh_normal/sample"])
-    close(actor.log_prob(policy, read("external_action")), functions["tanh_normal/log_prob_external"], rtol=1e-3)
-    one = tuple(p[:1] for p in policy)
+    close(policy.log_prob(read("external_action")), functions["tanh_normal/log_prob_external"], rtol=1e-3)
+    one = tanh_normal(read("mean")[:1], read("std")[:1])
     with draws(randn_like=[read("mode_eps")]):
         close(actor.mode(one), functions["tanh_normal/mode_row0"])
-    outputs = {"act/mean5tanh": 0, "act/softplus_raw5": 1}
     x = tensor(functions["act/x"]).unsqueeze(-1)
     actor.layers, actor.outputs = torch.nn.Identity(), torch.nn.ModuleList([torch.nn.Identity()] * 2)
-    for name, i in outputs.items():
-        values = actor(x)[i].squeeze(-1)
-        close(values - (1e-4 if i else 0), functions[name])
+    normal = actor(x).base_dist.base_dist
+    close(normal.loc.squeeze(-1), functions["act/mean5tanh"])
+    close(normal.scale.squeeze(-1) - 1e-4, functions["act/softplus_raw5"])
 
 
 def test_parity_layers(functions):
@@ -500,7 +506,7 @@ def test_a_discrete_action_has_the_gradient_of_its_probabilities():
     weight = torch.randn_like(action)
     for mine, theirs in zip(
         gradients((action * weight).sum(), list(actor.parameters())),
-        gradients((policy[0].exp() * weight).sum(), list(actor.parameters())),
+        gradients((policy.probs * weight).sum(), list(actor.parameters())),
         strict=True,
     ):
         close(mine, theirs.cpu())
@@ -593,13 +599,12 @@ def test_without_a_critic_returns_are_sums_of_rewards():
 
 
 def test_the_density_of_the_tanh_normal():
-    actor = an_actor(discrete=False)
     grid = torch.linspace(-1, 1, 40_001, dtype=torch.float64, device=DEVICE)[1:-1]
     for mean, std in ((0.3, 0.5), (-1.0, 0.2), (0.0, 0.8)):
-        policy = tuple(torch.full((1,), x, dtype=torch.float64, device=DEVICE) for x in (mean, std))
-        density = actor.log_prob(policy, grid.unsqueeze(1)).exp()
+        policy = tanh_normal(*torch.tensor([[mean], [std]], dtype=torch.float64, device=DEVICE))
+        density = policy.log_prob(grid.unsqueeze(1)).exp()
         assert torch.trapezoid(density, grid).item() == pytest.approx(1, abs=1e-4)
-        samples = actor.sample([p.expand(200_000, 1) for p in policy])
+        samples = policy.sample((200_000,))
         assert samples.mean().item() == pytest.approx(torch.trapezoid(density * grid, grid).item(), abs=0.01)
 
 
@@ -608,12 +613,12 @@ def test_the_mode_of_each_environment_is_its_own():
     policy = torch.tensor([[2.0, -2.0, 0.0], [-2.0, 2.0, 0.0]], device=DEVICE), torch.full((2, 3), 0.1, device=DEVICE)
     noise = torch.randn(100, 2, 3, device=DEVICE)
     with draws(randn_like=[noise]):
-        mode = actor.mode(policy)
+        mode = actor.mode(tanh_normal(*policy))
     for env in range(2):
-        one = tuple(p[env : env + 1] for p in policy)
+        one = tanh_normal(*(p[env : env + 1] for p in policy))
         with draws(randn_like=[noise[:, env : env + 1]]):
-            samples = actor.sample([p.expand(100, 1, 3) for p in one])
-        close(mode[env], samples[actor.log_prob(one, samples).argmax(0)].flatten().cpu())
+            samples = one.rsample((100,))
+        close(mode[env], samples[one.log_prob(samples).argmax(0)].flatten().cpu())
 
 
 def test_exploration():
@@ -648,7 +653,9 @@ def test_heads_are_exact_where_networks_are_in_bfloat16():
     agent, data = small(units=64, amp=True)
     feat = torch.randn(2000, 11)
     with agent.autocast():
-        values = agent.behaviour.critic(feat), agent.world_model.reward_head(feat), *agent.behaviour.actor(feat)
+        values = agent.behaviour.critic(feat), agent.world_model.reward_head(feat)
+        policy = agent.behaviour.actor(feat).base_dist.base_dist
+        values = *values, policy.loc, policy.scale
     assert all(x.dtype == torch.float32 and len(x[:, 0].unique()) > 1900 for x in values)
     assert all(value.dtype == torch.float32 and value.isfinite() for value in agent.update(data).values())
 

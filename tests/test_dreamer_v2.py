@@ -222,10 +222,10 @@ def test_parity_world_model(case):
     behaviour = case.agent.behaviour
     policy = behaviour.actor(feat)
     if case.discrete:
-        close(policy[0], tensor(golden["step1/wm/actor_logits"]).log_softmax(-1).cpu())
+        close(policy.logits, tensor(golden["step1/wm/actor_logits"]).log_softmax(-1).cpu())
     else:
-        close(policy[0], golden["step1/wm/actor_loc"])
-        close(policy[1], golden["step1/wm/actor_scale"])
+        close(policy.mode, golden["step1/wm/actor_loc"])
+        close(policy.base_dist.scale, golden["step1/wm/actor_scale"])
     close(behaviour.critic(feat).squeeze(-1), golden["step1/wm/critic_mean"])
     close(behaviour.slow_critic(feat).squeeze(-1), golden["step1/wm/target_critic_mean"])
 
@@ -255,12 +255,12 @@ def test_parity_behaviour(case):
         close(value[:, :-2], read("baseline"))
         policy = behaviour.actor(imag_feat[:, :-2])
         if case.discrete:
-            close(policy[0], tensor(read("policy_logits")).log_softmax(-1).cpu())
+            close(policy.logits, tensor(read("policy_logits")).log_softmax(-1).cpu())
         else:
-            close(policy[0], read("policy_loc"))
-            close(policy[1], read("policy_scale"))
-        close(behaviour.actor.entropy(policy), read("entropy"))
-        close(behaviour.actor.log_prob(policy, imag_action[:, :-2]), read("logprob"), atol=1e-4)
+            close(policy.mode, read("policy_loc"))
+            close(policy.base_dist.scale, read("policy_scale"))
+        close(policy.entropy(), read("entropy"))
+        close(policy.log_prob(imag_action[:, :-2]), read("logprob"), atol=1e-4)
     with case.samples(case.recorded(1, "imagined")):
         losses, stats = behaviour.loss(agent.world_model, data, deter, stoch, feat)
     close(losses["actor_loss"].mean(), golden["step1/loss/actor"])
@@ -389,11 +389,10 @@ def test_parity_latents(functions, monkeypatch):
     sample = script.sample_onehot(probs)
     close(sample, functions["onehot/sample"])
     close(gradients(sample, logit, functions["onehot/upstream"])[0], functions["onehot/grad_logits"])
-    actor = an_actor(discrete=True)
-    policy = (logit.log_softmax(-1),)
-    close(actor.log_prob(policy, sample.detach()), functions["onehot/log_prob"])
-    close(actor.entropy(policy), functions["onehot/entropy"])
-    close(actor.mode(policy), functions["onehot/mode"])
+    policy = script.OneHotCategorical(logits=logit)
+    close(policy.log_prob(sample.detach()), functions["onehot/log_prob"])
+    close(policy.entropy(), functions["onehot/entropy"])
+    close(policy.mode, functions["onehot/mode"])
     x = tensor(functions["act/x"])
     close(
         script.gaussian(torch.stack([x, x], -1))[..., 0, :].T,
@@ -401,22 +400,25 @@ def test_parity_latents(functions, monkeypatch):
     )
 
 
-def an_actor(discrete):
-    return script.Actor(script.Args(units=4), 3, 3, discrete).to(DEVICE)
+def truncated_normal(loc, scale):
+    """A policy over actions (..., A)."""
+    script.Distribution.set_default_validate_args(False)  # as the actor does
+    return script.Independent(script.TruncatedNormal(loc, scale), 1)
 
 
 def test_parity_truncated_normal(functions, monkeypatch):
-    read, actor = lambda name: tensor(functions[f"trunc_normal/{name}"]), an_actor(discrete=False)  # noqa: E731
-    policy = read("loc").requires_grad_(), read("scale").requires_grad_()
+    read = lambda name: tensor(functions[f"trunc_normal/{name}"])  # noqa: E731
+    parameters = read("loc").requires_grad_(), read("scale").requires_grad_()
+    policy = truncated_normal(*parameters)
     monkeypatch.setattr(torch, "rand_like", lambda _: read("sample_cdf_u"))
-    sample = actor.sample(policy)
+    sample = policy.rsample()
     close(sample, functions["trunc_normal/sample"], atol=3e-5)
-    values = dict(sample=sample, logprob=actor.log_prob(policy, read("x")), entropy=actor.entropy(policy))
+    values = dict(sample=sample, logprob=policy.log_prob(read("x")), entropy=policy.entropy())
     close(values["logprob"], functions["trunc_normal/log_prob"])
     close(values["entropy"], functions["trunc_normal/entropy"])
-    close(actor.mode(policy), functions["trunc_normal/mode"])
+    close(policy.mode, functions["trunc_normal/mode"])
     for name, value in values.items():
-        grads = gradients(value, policy, functions["trunc_normal/upstream"] if name == "sample" else None)
+        grads = gradients(value, parameters, functions["trunc_normal/upstream"] if name == "sample" else None)
         for grad, parameter in zip(grads, ("loc", "scale"), strict=True):
             close(grad, functions[f"trunc_normal/grad_{parameter}_{name}"], rtol=1e-3, atol=1e-4)
 
@@ -591,28 +593,28 @@ def test_a_kl_of_unlikely_classes_is_finite():
 
 
 def test_the_truncated_normal_against_numbers():
-    actor, policy = an_actor(discrete=False), (torch.tensor([[0.3, -0.9, 0.0]]), torch.tensor([[0.5, 0.1, 2.0]]))
-    samples = actor.sample(tuple(p.expand(200_000, 3).to(DEVICE) for p in policy))
+    policy = torch.tensor([[0.3, -0.9, 0.0]]), torch.tensor([[0.5, 0.1, 2.0]])
+    samples = truncated_normal(*(p.expand(200_000, 3).to(DEVICE) for p in policy)).rsample()
     assert samples.abs().max() < 1
     grid = torch.linspace(-1, 1, 20_001, dtype=torch.float64)
     policy = tuple(p.double().to(DEVICE) for p in policy)
     for i in range(3):
-        one = tuple(p[:, i : i + 1] for p in policy)
-        density = actor.log_prob(one, grid.unsqueeze(1).to(DEVICE)).exp()
+        one = truncated_normal(*(p[:, i : i + 1] for p in policy))
+        density = one.log_prob(grid.unsqueeze(1).to(DEVICE)).exp()
         assert torch.trapezoid(density, grid.to(DEVICE)).item() == pytest.approx(1, abs=1e-6)
         mean = torch.trapezoid(density * grid.to(DEVICE), grid.to(DEVICE))
         assert samples[:, i].mean().item() == pytest.approx(mean.item(), abs=0.01)
         entropy = -torch.trapezoid(density * density.log(), grid.to(DEVICE))
-        assert actor.entropy(one).item() == pytest.approx(entropy.item(), abs=1e-5)
+        assert one.entropy().item() == pytest.approx(entropy.item(), abs=1e-5)
 
 
 def test_extreme_policies_stay_finite(monkeypatch):
-    actor = an_actor(discrete=False)
     policy = torch.tensor([[1.0, -1.0, 1.0]], requires_grad=True), torch.tensor([[0.1, 0.1, 2.1]], requires_grad=True)
     for noise in (0.0, 0.5, 1.0):
         monkeypatch.setattr(torch, "rand_like", lambda x, noise=noise: torch.full_like(x, noise))
-        action = actor.sample(policy)
-        loss = action.sum() + actor.entropy(policy).sum() + actor.log_prob(policy, action.detach()).sum()
+        dist = truncated_normal(*policy)
+        action = dist.rsample()
+        loss = action.sum() + dist.entropy().sum() + dist.log_prob(action.detach()).sum()
         assert all(grad.isfinite().all() for grad in gradients(loss, policy)) and action.abs().max() < 1
 
 
