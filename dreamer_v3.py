@@ -23,7 +23,7 @@ What changed since dreamer_v2.py:
       slow_critic_rate, replay_critic_scale.
  [C8] The continue head learns the discount and judges the start of imagination too; returns start with the next reward:
       WorldModel.loss, lambda_return, discount_horizon.
- [C9] One optimizer: adaptive gradient clipping, LaProp, warm-up: LaProp, learning_rate, warmup, clip, Agent, load.
+ [C9] One optimizer: adaptive gradient clipping, LaProp, warm-up: LaProp, learning_rate, warmup, clip, Agent.
 [C10] Sequences of one step more that start from stored latents, refreshed after each update; new ones first: Replay.
 [C11] Train ratio instead of a schedule, no random prefill; sizes; several processes; Atari's pictures: train, size,
       train_ratio, replay_size, batch_*, parse_args, setup, main, make_env.
@@ -735,7 +735,7 @@ class Actor(nn.Module):
         self.outputs = nn.ModuleList(Output(args.units, action_dim) for _ in range(1 if discrete else 2))
 
     def forward(self, feat):
-        """(..., F) -> distribution of actions (..., A), one-hot or not clipped."""
+        """(..., F) -> distribution of actions (..., A)."""
         x = self.layers(feat)
         outputs = [output(x) for output in self.outputs]
         if self.discrete:
@@ -745,7 +745,7 @@ class Actor(nn.Module):
 
     def sample(self, policy):
         """-> action (..., A)."""
-        return sample_onehot(policy.probs) if self.discrete else policy.sample()
+        return sample_onehot(policy.probs) if self.discrete else policy.rsample()
 
 
 class Behaviour(nn.Module):
@@ -826,17 +826,12 @@ class LaProp:
         grads = torch._foreach_mul(grads, list((limit / torch.maximum(grad_norm, limit)).unbind()))
         rate = self.args.learning_rate * (self.updates / max(1, self.args.warmup)).clamp(max=1)
         self.updates += 1
-        torch._foreach_mul_(self.square, 0.999)
-        torch._foreach_addcmul_(self.square, grads, grads, 0.001)
+        torch._foreach_lerp_(self.square, torch._foreach_mul(grads, grads), 0.001)
         rms = torch._foreach_sqrt(torch._foreach_div(self.square, 1 - 0.999**self.updates))
         torch._foreach_add_(rms, 1e-20)
         torch._foreach_lerp_(self.momentum, torch._foreach_div(grads, rms), 0.1)
         torch._foreach_sub_(self.params, torch._foreach_mul(self.momentum, rate / (1 - 0.9**self.updates)))
         return {"grad_norm": grad_norm.norm(), "learning_rate": rate}
-
-    def state(self):
-        """All that an update depends on besides parameters and gradients, as a list of tensors."""
-        return [*self.square, *self.momentum, self.updates]
 
 
 class Agent(nn.Module):
@@ -921,6 +916,10 @@ class Agent(nn.Module):
             torch._foreach_lerp_(list(slow), list(fast), self.args.slow_critic_rate)
         metrics = {f"losses/{k}": v for k, v in losses.items()} | {f"stats/{k}": v for k, v in stats.items()}
         return latents, {key: value.detach().float() for key, value in metrics.items()}
+
+    def optimizer_state(self):
+        """All that the optimizer depends on besides parameters and gradients, as a list of tensors."""
+        return [*self.optimizer.square, *self.optimizer.momentum, self.optimizer.updates]
 
 
 class Graph:
@@ -1050,7 +1049,7 @@ def load(run, agent):
     try:
         state = torch.load(f"{run}/checkpoint.pt", map_location="cpu", weights_only=True)
         agent.load_state_dict(state["agent"])
-        torch._foreach_copy_(agent.optimizer.state(), state.get("optimizer", agent.optimizer.state()))
+        torch._foreach_copy_(agent.optimizer_state(), state.get("optimizer", agent.optimizer_state()))
         return state
     except Exception as error:
         sys.exit(f"{run}/checkpoint.pt is missing, not whole or of other sizes: {repr(error)[:99]}")
@@ -1169,7 +1168,7 @@ def train(args):
         ending = ending or frame >= args.total_timesteps
         if passed(args.save_every) or passed(args.eval_every) or ending and rank == 0:
             replay.steps.flush()
-            state = dict(agent=agent.state_dict(), optimizer=agent.optimizer.state(), replay=replay.state_dict())
+            state = dict(agent=agent.state_dict(), optimizer=agent.optimizer_state(), replay=replay.state_dict())
             with open(f"{run}/checkpoint.tmp", "wb") as file:
                 torch.save(state | {"progress": (frame, updates, budget)}, file)
                 file.flush()
