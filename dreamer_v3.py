@@ -254,7 +254,8 @@ def make_env(args, video=None):
 
         options["render_kwargs"] = dict(width=size, height=size, camera_id=2 if task.startswith("quadruped") else 0)
         env = gym.make(f"dm_control/{re.sub('^cup', 'ball_in_cup', task)}-v0", **options)
-        env.unwrapped.physics.model.vis.quality.shadowsize = 1024  # half: a third faster, 0.1 % of pixels differ
+        vis = env.unwrapped.physics.model.vis  # shadows of half resolution: a third faster, 0.1 % of pixels differ
+        vis.quality.shadowsize, vis.global_.offwidth, vis.global_.offheight = 1024, size, size
     elif suite in ("atari", "atari100k"):
         import ale_py  # noqa: F401, registers the games
 
@@ -318,7 +319,7 @@ class Replay:
         self.layout, size = (num_envs, dtype.descr), num_envs * dtype.itemsize
         held = os.path.getsize(path) if os.path.exists(path) else 0
         if saved:
-            if saved["layout"] != self.layout or held < saved["capacity"] * size:
+            if saved.get("layout") != self.layout or held < saved["capacity"] * size:
                 sys.exit(f"{path} is not whole, or not of these observations, environments and sizes: {dtype.names}")
             self.count, self.fresh = saved["count"], saved["fresh"]
             self.capacity = max(capacity, saved["capacity"]) if self.count <= saved["capacity"] else saved["capacity"]
@@ -554,15 +555,15 @@ class Decoder(nn.Module):
         super().__init__()
         self.vectors = [key for key in sorted(spaces) if spaces[key].dtype != np.uint8]
         self.images = [key for key in sorted(spaces) if spaces[key].dtype == np.uint8]
-        self.deter, stoch_dim = args.deter, args.stoch * args.classes
+        feat_dim = args.deter + args.stoch * args.classes
         if self.vectors:
-            self.layers = MLP(args.deter + stoch_dim, args.units, 3)
+            self.layers = MLP(feat_dim, args.units, 3)
             self.heads = nn.ModuleList(Output(args.units, spaces[key].shape[0]) for key in self.vectors)
         if self.images:
-            self.side, depth = args.image_size // 16, args.depth * 4
+            self.side, self.deter, depth = args.image_size // 16, args.deter, args.depth * 4
             size = self.side**2 * depth
             self.deter_map = BlockLinear(args.deter, size, args.decoder_blocks)
-            self.stoch_map = MLP(stoch_dim, 2 * args.units, 1, size)
+            self.stoch_map = MLP(feat_dim - args.deter, 2 * args.units, 1, size)
             self.channels = [spaces[key].shape[-1] for key in self.images]
             convs = layers(UpsampleConv, [depth] + [args.depth * m for m in (4, 3, 2)])
             output = UpsampleConv(2 * args.depth, sum(self.channels))
@@ -645,9 +646,8 @@ class RSSM(nn.Module):
         return deter, sample_onehot(self.prior(deter))
 
     def observe(self, embed, action, is_first, start):
-        """Posterior states along a sequence, from a start state on.
-        embed (B, T, E), action (B, T, A) that led to each step, is_first (B, T)
-        -> deter (B, T, D), stoch (B, T, S, K), post (B, T, S, K)."""
+        """Embed (B, T, E), action (B, T, A) that led to each step, is_first (B, T), state before -> posterior states:
+        deter (B, T, D), stoch (B, T, S, K), post (B, T, S, K)."""
         mask = 1 - is_first.float().unsqueeze(-1)
         state, steps = start, []
         for inputs in zip(action.unbind(1), embed.unbind(1), mask.unbind(1), strict=True):
@@ -827,15 +827,14 @@ class LaProp:
         rate = self.args.learning_rate * (self.updates / max(1, self.args.warmup)).clamp(max=1)
         self.updates += 1
         torch._foreach_lerp_(self.square, torch._foreach_mul(grads, grads), 0.001)
-        rms = torch._foreach_sqrt(torch._foreach_div(self.square, 1 - 0.999**self.updates))
-        torch._foreach_add_(rms, 1e-20)
+        rms = torch._foreach_add(torch._foreach_sqrt(torch._foreach_div(self.square, 1 - 0.999**self.updates)), 1e-20)
         torch._foreach_lerp_(self.momentum, torch._foreach_div(grads, rms), 0.1)
         torch._foreach_sub_(self.params, torch._foreach_mul(self.momentum, rate / (1 - 0.9**self.updates)))
         return {"grad_norm": grad_norm.norm(), "learning_rate": rate}
 
 
 class Agent(nn.Module):
-    """World model and behaviour: what is trained and what acts."""
+    """All networks and their optimizers: what is trained and what acts."""
 
     def __init__(self, args, spaces, action_space, device="cpu"):
         super().__init__()
@@ -1032,7 +1031,7 @@ def setup(args):
         sys.exit(f"--num-envs {args.num_envs} and --batch-size {args.batch_size} must be multiples of {world}")
     if world > 1:
         dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(hours=9))  # while the first evaluates
-        sys.stdout = sys.stdout if dist.get_rank() == 0 else open(os.devnull, "w")
+        sys.stdout = sys.stdout if dist.get_rank() == 0 else open(os.devnull, "w")  # the first prints
     if cuda:
         torch.cuda.set_device(device)
     elif sys.platform == "linux":  # glibc is to keep freed memory, or page faults cost an eighth of an update
@@ -1117,7 +1116,7 @@ def train(args):
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # the first ends in good order, the next at once
         signal.signal(number, lambda number, _: os._exit(128 + number) if stop else stop.append(number))
     act, update = Graph(agent.act, device), Graph(agent.update, device)
-    passed = lambda every: rank == 0 and every and frame // every > before // every  # noqa: E731
+    passed = lambda every: every and frame // every > before // every  # noqa: E731
     rng = np.random.default_rng([0, args.seed, frame, rank])
     torch.manual_seed(int(rng.integers(2**63)))
     obs, _ = envs.reset(seed=rng.integers(2**32, size=envs.num_envs).tolist())
@@ -1165,9 +1164,10 @@ def train(args):
         before, frame = frame, frame + taken * args.action_repeat
 
         # Save: the checkpoint is there whole or not at all; the replay that belongs to it lies beside it
-        ending = ending or frame >= args.total_timesteps
-        if passed(args.save_every) or passed(args.eval_every) or ending and rank == 0:
+        saving = passed(args.save_every) or passed(args.eval_every) or ending or frame >= args.total_timesteps
+        if saving:
             replay.steps.flush()
+        if saving and rank == 0:
             state = dict(agent=agent.state_dict(), optimizer=agent.optimizer_state(), replay=replay.state_dict())
             with open(f"{run}/checkpoint.tmp", "wb") as file:
                 torch.save(state | {"progress": (frame, updates, budget)}, file)
@@ -1184,7 +1184,7 @@ def train(args):
             for key, value in scores.items():
                 writer.add_scalar(f"charts/{key}", value, frame)
             bar.set_postfix_str(f"return {scores['episodic_return']:.1f}, updates {updates}", refresh=False)
-        if passed(args.log_every) and updates > counted:
+        if passed(args.log_every) and updates > counted and rank == 0:
             row = dict(zip(metrics, totals / (updates - counted), strict=True)) | {"charts/updates": updates}
             row["charts/SPS"] = (frame - bar.initial) / bar.format_dict["elapsed"]
             for key, value in row.items():
@@ -1192,7 +1192,7 @@ def train(args):
             totals, counted = 0.0, updates
 
         # Evaluate
-        if passed(args.eval_every):
+        if passed(args.eval_every) and rank == 0:
             if data and args.batch_length > 5:  # of which it sees 5
                 log_video(writer, "video/open_loop", open_loop(agent, {k: v[:4] for k, v in data.items()}), frame)
             folder = f"{run}/videos/{frame}" if args.capture_video else None

@@ -614,6 +614,14 @@ def test_means_and_losses_are_float32_under_autocast():
     assert all(torch.equal(a, b) for a, b in zip(exact, half, strict=True))
 
 
+def test_actions_are_sampled_without_a_check_of_values(small, monkeypatch):
+    """torch.normal reads the smallest deviation from the GPU, which a captured graph cannot, and raises on NaN."""
+    monkeypatch.setattr(torch, "normal", None)
+    agent, data = small
+    agent.update(data)
+    agent.act({key: value[:, 0] for key, value in data.items()}, agent.initial(len(data["reward"])))
+
+
 def test_heads_are_precise_under_autocast(small):
     """Last layers are float32: two bins near 150 share the probability, and 16 bits would give six values in all."""
     spaces, args = small[0].spaces, script.Args(**script.SIZES["1m"], compile=False, amp=True)
