@@ -27,6 +27,7 @@ from conftest import (
     metrics,
     only_run,
     run_script,
+    scalars,
     tiny,
 )
 
@@ -348,6 +349,13 @@ def test_success_and_what_an_environment_logs(ported, kind, tmp_path):
     seen = {key: {value for _, name, value in rows if name == key} for _, key, _ in rows}
     assert seen["charts/success"] == seen["eval/success"] == {1.0}
     assert (seen["charts/steps/taken"], seen["charts/low"]) == ({20.0}, {-1.0})
+    assert not any("/_" in key for key in seen)  # which say what environments gave a value
+
+
+def test_lengths_are_frames(ported, tmp_path):
+    flags = ["--env-id", "toy_envs:Vector-v0", "--action-repeat", 2, *tiny(ported), "--total-timesteps", 120]
+    run_script(ported, *flags, cwd=tmp_path)
+    assert {length for _, length in scalars(only_run(tmp_path))["charts/episodic_length"]} == {20.0}
 
 
 # Trouble
