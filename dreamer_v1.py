@@ -715,20 +715,20 @@ class Adam:
 
     def __init__(self, params, learning_rate, args):
         self.params, self.learning_rate, self.args = list(params), learning_rate, args
-        self.square = [torch.zeros_like(p) for p in self.params]
-        self.momentum = [torch.zeros_like(p) for p in self.params]
+        self.square, self.momentum = ([torch.zeros_like(p) for p in self.params] for _ in range(2))
         self.updates = torch.zeros((), dtype=torch.float64, device=self.params[0].device)
 
     @torch.no_grad()
     def step(self, grads):
         """One update from gradients in the order of the parameters -> their norm."""
         norm = torch.stack(torch._foreach_norm(grads)).norm()
+        grads = [grad.contiguous() for grad in grads]  # one kernel for all if layouts and types agree
         grads = torch._foreach_mul(grads, self.args.clip / norm.clamp(min=self.args.clip))
         self.updates += 1
         torch._foreach_lerp_(self.momentum, grads, 0.1)
         torch._foreach_lerp_(self.square, torch._foreach_mul(grads, grads), 0.001)
         rms = torch._foreach_add(torch._foreach_sqrt(self.square), self.args.epsilon)  # PyTorch: after the correction
-        rate = self.learning_rate * (1 - 0.999**self.updates).sqrt() / (1 - 0.9**self.updates)
+        rate = self.learning_rate * ((1 - 0.999**self.updates).sqrt() / (1 - 0.9**self.updates)).float()
         torch._foreach_sub_(self.params, torch._foreach_mul(torch._foreach_div(self.momentum, rms), rate))
         return norm
 

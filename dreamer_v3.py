@@ -813,23 +813,23 @@ class LaProp:
 
     def __init__(self, params, args):
         self.params, self.args = list(params), args
-        self.square = [torch.zeros_like(p) for p in self.params]
-        self.momentum = [torch.zeros_like(p) for p in self.params]
+        self.square, self.momentum = ([torch.zeros_like(p) for p in self.params] for _ in range(2))
         self.updates = torch.zeros((), dtype=torch.float64, device=self.params[0].device)
 
     @torch.no_grad()
     def step(self, grads):
         """One update from gradients in the order of the parameters -> stats."""
-        param_norm = torch.stack(torch._foreach_norm(self.params)).clamp(min=1e-3)
         grad_norm = torch.stack(torch._foreach_norm(grads))
-        limit = self.args.clip * param_norm
+        limit = self.args.clip * torch.stack(torch._foreach_norm(self.params)).clamp(min=1e-3)
+        grads = [grad.contiguous() for grad in grads]  # one kernel for all if layouts and types agree
         grads = torch._foreach_mul(grads, list((limit / torch.maximum(grad_norm, limit)).unbind()))
         rate = self.args.learning_rate * (self.updates / max(1, self.args.warmup)).clamp(max=1)
         self.updates += 1
+        squares, momenta = ((1 - beta**self.updates).float() for beta in (0.999, 0.9))  # sums of the averages' weights
         torch._foreach_lerp_(self.square, torch._foreach_mul(grads, grads), 0.001)
-        rms = torch._foreach_add(torch._foreach_sqrt(torch._foreach_div(self.square, 1 - 0.999**self.updates)), 1e-20)
+        rms = torch._foreach_add(torch._foreach_sqrt(torch._foreach_div(self.square, squares)), 1e-20)
         torch._foreach_lerp_(self.momentum, torch._foreach_div(grads, rms), 0.1)
-        torch._foreach_sub_(self.params, torch._foreach_mul(self.momentum, rate / (1 - 0.9**self.updates)))
+        torch._foreach_sub_(self.params, torch._foreach_mul(self.momentum, rate.float() / momenta))
         return {"grad_norm": grad_norm.norm(), "learning_rate": rate}
 
 

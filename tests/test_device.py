@@ -1,0 +1,55 @@
+"""What a CUDA graph captures, on the meta device: its tensors have no values, and do not mix with those of a CPU.
+
+A GPU may not be there, but whatever would wait for one (`.item()`, shapes that depend on values) fails here.
+"""
+
+import contextlib
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from conftest import tiny
+
+SPACES = {"image": gym.spaces.Box(0, 255, (64, 64, 3), np.uint8), "vector": gym.spaces.Box(-np.inf, np.inf, (5,))}
+
+
+@pytest.fixture(autouse=True)
+def no_autocast(monkeypatch):
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())  # has no meta device
+
+
+@pytest.mark.parametrize("actions", [gym.spaces.Discrete(3), gym.spaces.Box(-1, 1, (2,))], ids=["discrete", "box"])
+def test_acting_and_updates_wait_for_no_value(ported, actions):
+    args = ported.parse_args(tiny(ported))
+    agent = ported.Agent(args, SPACES, actions, "meta")
+    layout, data = agent.layout(), {}
+    for key in layout.names:
+        shape = (args.batch_size, args.batch_length)[: 1 if key in ("deter", "stoch") else 2]
+        data[key] = torch.from_numpy(np.zeros(shape, layout[key])).to("meta")
+    agent.update(data)
+    carry = agent.initial(args.batch_size)
+    for _ in range(2):
+        carry = agent.act({key: data[key][:, 0] for key in (*SPACES, "is_first")}, carry)
+    assert {x.device.type for x in carry} == {"meta"}
+
+
+def test_genies_updates_and_frames_wait_for_no_value(monkeypatch):
+    import genie
+
+    class Fixed:  # PyTorch's own has checks of numbers when it is made
+        def __init__(self, params, lr, **_):
+            self.param_groups = [{"params": list(params), "lr": lr}]
+
+        def step(self):
+            pass
+
+    monkeypatch.setattr(torch.optim, "AdamW", Fixed)
+    args = genie.parse_args(tiny(genie))
+    agent = genie.Agent(args, "meta")
+    shape = args.batch_size, args.clip_length, args.image_size, args.image_width, 3
+    video = torch.zeros(shape, dtype=torch.uint8, device="meta")
+    agent.update(0, video)
+    agent.update(1, video)
+    ids, action = agent.infer(video)
+    assert agent.generate(ids[:, :-1], action[:, : ids.shape[1] - 1]).shape == ids[:, 0].shape
