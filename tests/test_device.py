@@ -9,7 +9,8 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from conftest import tiny
+from conftest import checkpoint, metrics, only_run, run_script, tiny
+from torch.utils._pytree import tree_map
 
 SPACES = {"image": gym.spaces.Box(0, 255, (64, 64, 3), np.uint8), "vector": gym.spaces.Box(-np.inf, np.inf, (5,))}
 
@@ -53,3 +54,32 @@ def test_genies_updates_and_frames_wait_for_no_value(monkeypatch):
     agent.update(1, video)
     ids, action = agent.infer(video)
     assert agent.generate(ids[:, :-1], action[:, : ids.shape[1] - 1]).shape == ids[:, 0].shape
+
+
+class InPlace:
+    """What `Graph` is with a GPU, but for the capture: inputs and outputs are always in the same memory."""
+
+    def __init__(self, function, device):
+        self.function, self.inputs, self.outputs = function, None, None
+
+    def __call__(self, *inputs):
+        put = lambda mine, new: tree_map(torch.Tensor.copy_, mine, new) if mine else tree_map(torch.clone, new)  # noqa: E731
+        self.inputs = put(self.inputs, inputs)
+        self.outputs = put(self.outputs, self.function(*self.inputs))
+        return self.outputs
+
+
+def test_a_run_is_the_same_where_graphs_overwrite_their_outputs(ported, monkeypatch, tmp_path):
+    flags = [*tiny(ported), "--env-id", "toy_envs:Image-v0", "--num-envs", 2, "--total-timesteps", 120]
+    flags += ["--eval-every", 60, "--eval-episodes", 2]
+    runs = []
+    for name in ("plain", "in_place"):
+        (tmp_path / name).mkdir()
+        run_script(ported, *flags, cwd=tmp_path / name)
+        runs.append(only_run(tmp_path / name))
+        monkeypatch.setattr(ported, "Graph", InPlace)
+        monkeypatch.setattr(torch.Tensor, "cpu", torch.Tensor.clone)  # a copy, as from a GPU
+    one, two = map(checkpoint, runs)
+    assert one["progress"] == two["progress"] and metrics(runs[0]) == metrics(runs[1])
+    assert all(torch.equal(value, two["agent"][key]) for key, value in one["agent"].items())
+    assert (runs[0] / "replay/steps").read_bytes() == (runs[1] / "replay/steps").read_bytes()
