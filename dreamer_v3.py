@@ -825,8 +825,8 @@ class LaProp:
         grads = torch._foreach_mul(grads, list((limit / torch.maximum(grad_norm, limit)).unbind()))
         rate = self.args.learning_rate * (self.updates / max(1, self.args.warmup)).clamp(max=1)
         self.updates += 1
-        squares, momenta = ((1 - beta**self.updates).float() for beta in (0.999, 0.9))  # sums of the averages' weights
         torch._foreach_lerp_(self.square, torch._foreach_mul(grads, grads), 0.001)
+        squares, momenta = ((1 - beta**self.updates).float() for beta in (0.999, 0.9))  # sums of the averages' weights
         rms = torch._foreach_add(torch._foreach_sqrt(torch._foreach_div(self.square, squares)), 1e-20)
         torch._foreach_lerp_(self.momentum, torch._foreach_div(grads, rms), 0.1)
         torch._foreach_sub_(self.params, torch._foreach_mul(self.momentum, rate.float() / momenta))

@@ -657,8 +657,8 @@ class Adam:
         grads = [grad.contiguous() for grad in grads]  # one kernel for all if layouts and types agree
         grads = torch._foreach_mul(grads, self.args.clip / norm.clamp(min=self.args.clip))
         self.updates += 1
-        torch._foreach_lerp_(self.momentum, grads, 0.1)
         torch._foreach_lerp_(self.square, torch._foreach_mul(grads, grads), 0.001)
+        torch._foreach_lerp_(self.momentum, grads, 0.1)
         rms = torch._foreach_add(torch._foreach_sqrt(self.square), self.args.epsilon)  # PyTorch: after the correction
         rate = self.learning_rate * ((1 - 0.999**self.updates).sqrt() / (1 - 0.9**self.updates)).float()
         torch._foreach_sub_(self.params, torch._foreach_mul(torch._foreach_div(self.momentum, rms), rate))
