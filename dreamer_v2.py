@@ -162,8 +162,8 @@ def parse_args(argv=None):
     if run:
         path = Path(run, "args.json")
         given = json.loads(path.read_text() if path.exists() else "{}") | dict(resume=None, evaluate=None)
-        if given.pop("script", None) != SCRIPT:
-            sys.exit(f"{run} is no run of {SCRIPT}.py")
+        if given.pop("script", None) != SCRIPT or given.keys() - vars(Args()).keys():
+            sys.exit(f"{run} is no run of {SCRIPT}.py, or of another version")
     args = tyro.cli(Args, args=argv, default=Args(**given | dict(env_kwargs={})), description=text)
     args.env_kwargs = args.env_kwargs or given.get("env_kwargs", {})  # as a default, tyro would make a flag of each
     for name, value in vars(args).items():

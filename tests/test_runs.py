@@ -210,6 +210,7 @@ BROKEN = {
     "empty checkpoint": lambda run: os.truncate(run / "checkpoint.pt", 0),
     "lost checkpoint": lambda run: (run / "checkpoint.pt").unlink(),
     "another script's": lambda run: (run / "args.json").write_text('{"script": "planet"}'),
+    "another version's": lambda run: (run / "args.json").write_text('{"script": "dreamer_v3", "gone": 1}'),
     "no run": lambda run: (run / "args.json").unlink(),
 }
 
