@@ -126,7 +126,7 @@ class Args:
     maskgit_steps: int = 25  # steps in which a frame's tokens are decoded
     temperature: float = 1.0  # of the tokens that are sampled; paper: 2 for the largest model
 
-    # Ours, not in the paper; the presets tiny and small use them
+    # Ours, not in the paper; the preset tiny uses them, small the first three
     clip: float = 0.0  # largest norm of a gradient; 0 for any
     window_shift: float = 0.0  # share of clips that are decoded from a later frame on, as in long play
     clean_context: float = 0.0  # share of clips in whose first frames, up to a random one, no token is masked
@@ -318,8 +318,8 @@ def make_envs(args, count, video=None):
 
 
 class Video:
-    """Recorded frames on disk: image (count, streams, H, W, 3) and the action (count, streams) that led to each, which
-    only evaluation and --clone read: -1 where a stream begins anew, 0 where nobody knows."""
+    """Recorded frames on disk: image (count, streams, H, W, 3) and the action (count, streams) that led to each, whose
+    classes only evaluation and --clone read: -1 where a stream begins anew, 0 where nobody knows."""
 
     def __init__(self, folder, args):
         os.makedirs(folder, exist_ok=True)
@@ -1214,6 +1214,8 @@ def clone(args):
     """Appendix E: a policy learns the latent actions of an expert's video; then N labelled steps say what they mean.
     Beside it random play, and the same policy learnt from the true actions."""
     (agent, _), args.video_dir, rng = load_run(args, args.clone), None, np.random.default_rng(args.seed)
+    if not hasattr(make_env(args).unwrapped, "expert"):
+        sys.exit(f"--clone: {args.env_id} has no method expert(), whose actions the video is to show")
     video, device = record(args, f"{args.clone}/expert", expert=True).index(), agent.device
     envs = gym.vector.SyncVectorEnv([partial(make_env, args)] * args.eval_episodes)
     count = int(envs.single_action_space.n)
@@ -1234,8 +1236,7 @@ def main(argv=None):
     args = parse_args(argv)
     if args.evaluate:
         agent, _ = load_run(args, args.evaluate)
-        video = record(args, f"{args.evaluate}/video")
-        for key, value in measure(agent, args, video.index()).items():
+        for key, value in measure(agent, args, record(args, f"{args.evaluate}/video").index()).items():
             print(f"{key} {value:.4f}")
     elif args.clone:
         clone(args)

@@ -19,6 +19,7 @@ import gymnasium as gym
 import numpy as np
 import tyro
 from moviepy import ImageSequenceClip
+from PIL import Image
 
 # Keys that act, in the order in which they are given out, and the row and column of their buttons: as on a keyboard.
 KEYS = dict(ArrowRight="2/3", ArrowLeft="2/1", ArrowUp="1/2", ArrowDown="2/2", d="2/7", a="2/5", w="1/6", s="2/6")
@@ -28,8 +29,7 @@ PAGE = """<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport c
 <title>TITLE</title><link rel=icon href="data:,"><meta name=color-scheme content="light dark"><style>
 body { max-width: 125vh; margin: auto; padding: 1rem; font: 1rem/1.4 system-ui; font-variant-numeric: tabular-nums }
 main { display: grid; grid-template-columns: 1fr 1fr; gap: .25rem 1.25rem; align-items: center }
-img { width: 100%; border-radius: .5rem; image-rendering: pixelated }
-.over #dream { opacity: .4 }
+img { width: 100%; border-radius: .5rem; image-rendering: pixelated } .over #dream { opacity: .4 }
 svg, #line { width: 100%; height: 2rem; fill: none; stroke: #3874e8; vector-effect: non-scaling-stroke }
 #keys { display: grid; gap: .375rem; justify-content: start; user-select: none; -webkit-user-select: none }
 button { min-width: 4rem; padding: .375rem; border: 1px solid #8886; border-bottom-width: 3px; border-radius: .5rem;
@@ -91,7 +91,7 @@ def controls(dream):
         others = iter([key for key in [*first, *KEYS] if key not in arrows])
         keys = [arrow if arrow in KEYS else next(others, "") for arrow in arrows]
         return dict(zip(keys, names, strict=True)), lambda held: space.start + np.argmax([key in held for key in keys])
-    low, high = env.action_space.low, env.action_space.high
+    low, high = env.action_space.low.ravel(), env.action_space.high.ravel()
     rest = np.nan_to_num(2 * (np.clip(0, low, high) - low) / (high - low) - 1)  # does nothing: gas goes from 0 to 1
     moves = dict(zip(KEYS, [(i, sign) for i in range(len(rest)) for sign in (1, -1) if sign != rest[i]], strict=False))
     names = {key: f"a[{i}] = {sign:+d}" for key, (i, sign) in moves.items()} | {".": "no action"}
@@ -183,6 +183,7 @@ def main(run, video, prompt, seed, port, cuda):
         signal.signal(number, lambda *_: sys.exit(0))
     sys.path.append(os.getcwd())
     try:
+        start = {"options": {"prompt": Image.open(prompt).filename}} if prompt else {}
         with open(f"{run}/args.json") as file, open(f"{run}/checkpoint.pt"):
             script = importlib.import_module(json.load(file)["script"])
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
@@ -191,7 +192,6 @@ def main(run, video, prompt, seed, port, cuda):
     dream = script.Dream(*script.load_run(args, run))
     if prompt and hasattr(dream, "env"):
         sys.exit("--prompt is for worlds of genie.py, which see nothing but pictures")
-    start = {"options": {"prompt": prompt}} if prompt else {}
     return write_video(script, dream, run, seed, start) if video else serve(script, dream, run, seed, start, port)
 
 

@@ -17,8 +17,8 @@ for the end, in TakeCover alone); rewards are normalised for M; one episode in 2
 
 Not copied from the authors' code: frames are neither stretched in contrast nor shifted by one modulo 256; M's state is
 zero at an episode's start (their graph feeds that of the chunk before); no bonus for large weights (their weight decay
-has the wrong sign); M sees the move that TakeCover is sent, not the output behind it; a frame after which nothing
-follows is no target of M's; parameters are not rounded. Frames for V are drawn with replacement. M is trained on
+has the wrong sign); M sees the move that TakeCover is sent, not the output behind it; a terminal frame is no
+target of M's; parameters are not rounded. Frames for V are drawn with replacement. M is trained on
 episodes laid end to end, its state carried on (theirs: 100 whole episodes, from zero), and sees actions in [-1, 1], gas
 and brake too; biases start at 0; all candidates of a generation get the same tracks; of the means that were evaluated
 the best in the environment is kept, also where C evolves in the dream (theirs: in the dream).
@@ -164,7 +164,7 @@ def parse_args(argv=None):
     """Command line -> Args: defaults, then the suite's preset or what the run was started with, then the flags."""
     text = "\n".join([__doc__, "Presets by suite:", *(f"    {suite}: {preset}" for suite, preset in PRESETS.items())])
     args = tyro.cli(Args, args=argv, description=text)
-    suite = re.split("[-:/]", args.env_id)[0].rpartition(".")[2].lower()
+    suite = re.split("[-/]", args.env_id.rpartition(":")[2])[0].lower()
     given, run = dict(obs="pixels") | PRESETS.get(suite, {}), args.resume or args.evaluate
     if args.quick and not run:
         if f"{suite}-quick" not in PRESETS:
@@ -511,7 +511,7 @@ class WorldModel(nn.Module):
 
     def loss(self, data, start):
         """M's losses (B, T) by name, next start. data: embed (B, T, 2 S), action, reward, is_first, is_terminal.
-        What comes out of nothing, an episode's first frame, is not predicted; after a terminal one nothing follows."""
+        What comes out of nothing, an episode's first frame, is not predicted, and neither is a terminal one."""
         deter, stoch = self.rssm.observe(data["embed"], data["action"], data["is_first"], start)
         known = ~data["is_first"]  # (B, T)
         going_on = known & ~data["is_terminal"]  # (B, T)
@@ -714,7 +714,7 @@ class Workers(ProcessPoolExecutor):
 
 @torch.no_grad()
 def rollout(seed, params=None, video=None, policy="controller", noise=0.0, patience=math.inf, keep=False):
-    """An episode in a worker process, as in the paper's listing -> return, steps, arrays (steps, ...) by key, log.
+    """An episode in a worker process, as in the paper's listing -> return, steps, arrays (steps + 1, ...) by key, log.
     policy: "controller", with these parameters and noise on its outputs, or one of --policy. The episode is left after
     `patience` steps without positive reward. To keep, it may go on after its end. `video`: folder for an mp4."""
     agent = WORKER["agent"]
@@ -1011,11 +1011,12 @@ def train(args):
     env.close()
     if not limit:
         limit = args.time_limit = 1000 * args.action_repeat
-        print(f"{args.env_id} has no time limit: --time-limit {limit} is taken")
+        print(f"{args.env_id} names no time limit: --time-limit {limit} is taken")
     name = f"{args.env_id.replace('/', '-')}__{args.exp_name}__{args.seed}__{time.time_ns() // 1000}"
     folder, saved = args.resume or f"{args.run_dir}/{name}", load(args.resume, agent) if args.resume else {}
     (begun, done), tick, frames = saved.get("progress", ([[0, 0], 0], 0, 0))  # iteration and stage, units of it
-    capacity = args.iterations * args.rollouts * (-(-limit // args.action_repeat) + 1)
+    longest = limit if args.whole_episodes else -(-limit // args.action_repeat)  # after an end, no action is repeated
+    capacity = args.iterations * args.rollouts * (longest + 1)
     rollouts = Rollouts(f"{folder}/replay", agent.layout(), capacity, saved.get("count", 0))
     Path(f"{folder}/args.tmp").write_text(json.dumps(asdict(args) | {"script": SCRIPT}, indent=1))
     os.replace(f"{folder}/args.tmp", f"{folder}/args.json")
@@ -1071,7 +1072,7 @@ def train(args):
                     row["charts/SPS"] = taken / (time.time() - clock)
                 rows.append(row | {"charts/frames": at.frames})
                 every = args.log_every if stage in stages[1:4] else 1
-                if tick // every > before // every:
+                if ending or tick // every > before // every:
                     for key in dict.fromkeys(key for row in rows for key in row):
                         writer.add_scalar(key, np.mean([row[key] for row in rows if key in row]), tick)
                     rows = []

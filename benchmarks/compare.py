@@ -4,7 +4,7 @@
     python benchmarks/compare.py --panels glide catch     # a part of it; --jobs 0: only draw what there is
 
 Runs in runs/compare/<game>/<label>/<seed> that are finished are skipped, cut ones are resumed. The CSV has the means
-of training episodes (they explore) over 300 frames, and at the end the evaluation (mode of the policy).
+of training episodes (they explore) over 300 frames, and at the end the evaluation.
 """
 
 import argparse

@@ -29,7 +29,7 @@ RUN = "--env-id CartPole-v1 --total-timesteps 1000000 --replay-size 1000 --save-
 
 @dataclass
 class Args:
-    script: str = "dreamer_v3"  # which of the scripts
+    script: str = "dreamer_v3"  # flags for another one go into FLAGS
     times: int = 40  # how often it is killed
     seed: int = 0  # of the moments
 

@@ -1,4 +1,4 @@
-"""How fast a script is on this machine: updates, acting, environment, whole loop, memory; as a table and as JSON.
+"""How fast a script is on this machine: updates, acting, environment, whole loop, memory; a table or, with --out, JSON.
 
     python benchmarks/throughput.py dreamer_v3.py                        # all cases, eager
     python benchmarks/throughput.py dreamer_v3.py --compile --case state # the cases whose name contains "state"

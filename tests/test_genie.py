@@ -671,6 +671,7 @@ def test_what_does_not_fit_is_refused(copy, refused, tmp_path, monkeypatch):
     assert "one image" in refused(s, *tiny(s), "--env-id", "toy_envs:Mixed-v0", "--total-timesteps", 50)
     assert "no_such" in refused(s, *tiny(s), "--env-id", "no_such:Thing-v0")
     assert "too few clips" in refused(s, *tiny(s), *SQUARE[:2], "--total-timesteps", "8")
+    assert "expert()" in refused(s, "--clone", copy, "--env-id", "toy_envs:Image-v0")
     assert "no run of genie" in refused(s, "--evaluate", tmp_path)
     os.truncate(copy / "checkpoint.pt", 1000)
     assert "not whole" in refused(s, "--evaluate", copy)

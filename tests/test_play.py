@@ -89,7 +89,8 @@ def test_the_page(page):
 def test_keys_of_a_continuous_world():
     dream = gym.Env()
     dream.env, dream.action_space = gym.Env(), gym.spaces.Box(-1, 1, (4,))
-    dream.env.action_space = gym.spaces.Box(np.float32([-2, 0, 0, -1]), np.float32([2, 1, 1, 1]))  # steer, gas, brake
+    low, high = np.float32([[-2, 0], [0, -1]]), np.float32([[2, 1], [1, 1]])  # steer, gas, brake; of any shape
+    dream.env.action_space = gym.spaces.Box(low, high)
     names, action = play.controls(dream)
     assert [*names] == ["ArrowRight", "ArrowLeft", "ArrowUp", "ArrowDown", "d", "a", "."]
     assert action(["."]).tolist() == [0, -1, -1, 0] and action(["ArrowLeft", "ArrowUp", "d"]).tolist() == [-1, 1, -1, 1]
@@ -103,9 +104,13 @@ def test_what_is_no_run_gets_one_line(run, missing, tmp_path):
     assert process.returncode == 1 and line.startswith("play.py: run ") and missing in line
 
 
-def test_a_picture_is_no_start_for_other_worlds(run):
-    process = start(run, "--prompt", "picture.png")
-    assert "genie.py" in process.communicate(timeout=60)[1] and process.returncode == 1
+@pytest.mark.parametrize(
+    "prompt, word", [("docs/compare.png", "genie.py"), ("README.md", "identify"), ("a.png", "a.png")]
+)
+def test_what_is_no_start_for_a_dream_gets_one_line(run, prompt, word):
+    process = start(run, "--prompt", ROOT / prompt)
+    (line,) = process.communicate(timeout=60)[1].splitlines()
+    assert word in line and process.returncode == 1
 
 
 def test_the_video(run, tmp_path):

@@ -331,6 +331,7 @@ def count(module):
     [
         ("CarRacing-v3", gym.spaces.Box(-1, 1, (3,)), 4_348_547, 422_368, 867),
         ("VizdoomTakeCover-v1", gym.spaces.Discrete(3), 4_446_915, 1_678_785 - 513, 1088),
+        ("vizdoom.gymnasium_wrapper:VizdoomTakeCover-v1", gym.spaces.Discrete(3), 4_446_915, 1_678_785 - 513, 1088),
     ],
 )
 def test_parity_number_of_parameters(env_id, space, vae, rnn, controller):
@@ -501,6 +502,21 @@ def test_whole_episodes_go_on_after_their_end(play):
     assert np.flatnonzero(kept["is_terminal"]).tolist() == [20] and np.flatnonzero(kept["is_last"]).tolist() == [30]
     (total, steps, _), _ = play(f"{flags} --whole-episodes", seed=3)  # a candidate's ends
     assert (total, steps) == (210, 20)
+
+
+def test_whole_episodes_fit_the_replay_where_actions_are_repeated(tmp_path):
+    flags = [
+        *tiny(script),
+        "--env-id",
+        "toy_envs:Image-v0",
+        "--time-limit",
+        30,
+        "--whole-episodes",
+        "--action-repeat",
+        2,
+    ]
+    run_script(script, *flags, "--generations", 1, cwd=tmp_path)
+    assert checkpoint(only_run(tmp_path))["count"] == 3 * (10 + 10 + 1)  # 20 frames in 10 steps, then one in each
 
 
 def test_a_rollout_is_left_when_patience_is_over(play):
@@ -683,7 +699,7 @@ def test_what_cannot_be_is_refused(tmp_path, monkeypatch, flags, word):
     assert word in lines(result.stderr)[-1] and "Traceback" not in result.stderr
 
 
-@pytest.mark.parametrize("kwargs, words", [("length 1", ""), ("length 999999", "no time limit")])
+@pytest.mark.parametrize("kwargs, words", [("length 1", ""), ("length 999999", "names no time limit")])
 def test_episodes_of_one_step_and_without_end(kwargs, words, tmp_path):
     flags = ["--env-id", "toy_envs:Image-v0", "--env-kwargs", *kwargs.split(), *tiny(script), "--eval-every", 1]
     flags += ["--batch-length", 2, "--rollouts", 6, "--generations", 1, "--eval-episodes", 2, "--policy", "brown"]
