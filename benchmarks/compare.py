@@ -90,8 +90,9 @@ def collect():
 def draw(curves):
     """A panel each: training over frames, then evaluation; mean over seeds, and range; dotted: random play."""
     panels = sorted({panel for panel, _ in curves}, key=list(GRID).index)
-    figure, axes = plt.subplots(1, len(panels), figsize=(5 * len(panels), 4), squeeze=False, layout="tight")
-    for axis, panel in zip(axes[0], panels, strict=True):
+    rows = -(-len(panels) // 2)
+    figure, axes = plt.subplots(rows, 2, figsize=(10, 4 * rows), squeeze=False, layout="tight")
+    for axis, panel in zip(axes.flat, panels, strict=False):
         title, _, methods, random = GRID[panel]
         axis.axhline(random, color="0.4", linestyle=":")
         for i, label in enumerate(label for label in methods if (panel, label) in curves):
