@@ -821,7 +821,7 @@ class LaProp:
         """One update from gradients in the order of the parameters -> stats."""
         grad_norm = torch.stack(torch._foreach_norm(grads))
         limit = self.args.clip * torch.stack(torch._foreach_norm(self.params)).clamp(min=1e-3)
-        grads = [grad.contiguous() for grad in grads]  # one kernel for all if layouts and types agree
+        grads = [grad.contiguous() for grad in grads]  # foreach runs as one kernel if layouts and types agree
         grads = torch._foreach_mul(grads, list((limit / torch.maximum(grad_norm, limit)).unbind()))
         rate = self.args.learning_rate * (self.updates / max(1, self.args.warmup)).clamp(max=1)
         self.updates += 1

@@ -654,7 +654,7 @@ class Adam:
     def step(self, grads):
         """One update from gradients in the order of the parameters -> their norm."""
         norm = torch.stack(torch._foreach_norm(grads)).norm()
-        grads = [grad.contiguous() for grad in grads]  # one kernel for all if layouts and types agree
+        grads = [grad.contiguous() for grad in grads]  # foreach runs as one kernel if layouts and types agree
         grads = torch._foreach_mul(grads, self.args.clip / norm.clamp(min=self.args.clip))
         self.updates += 1
         torch._foreach_lerp_(self.square, torch._foreach_mul(grads, grads), 0.001)

@@ -17,11 +17,11 @@ for the end, in TakeCover alone); rewards are normalised for M; one episode in 2
 
 Not copied from the authors' code: frames are neither stretched in contrast nor shifted by one modulo 256; M's state is
 zero at an episode's start (their graph feeds that of the chunk before); no bonus for large weights (their weight decay
-has the wrong sign); M sees the move that TakeCover is sent, not the output behind it; a terminal frame is no
-target of M's; parameters are not rounded. Frames for V are drawn with replacement. M is trained on
-episodes laid end to end, its state carried on (theirs: 100 whole episodes, from zero), and sees actions in [-1, 1], gas
-and brake too; biases start at 0; all candidates of a generation get the same tracks; of the means that were evaluated
-the best in the environment is kept, also where C evolves in the dream (theirs: in the dream).
+has the wrong sign); M sees the move that TakeCover is sent, not the output behind it; a terminal frame is no target of
+M's; parameters are not rounded. Frames for V are drawn with replacement. M is trained on episodes laid end to end, its
+state carried on (theirs: 100 whole episodes, from zero), and sees actions in [-1, 1], gas and brake too; biases start
+at 0; all candidates of a generation get the same tracks; of the means that were evaluated the best in the environment
+is kept, also where C evolves in the dream (theirs: in the dream).
 
 Shapes: B batch, T time, N frames, P candidates, R dreams of each, M = P*R, A action, U outputs, S stoch (z), D deter (h
 and c), H = D/2, K Gaussians, C channels, W parameters of a controller. Arrays are (B, T, ...).

@@ -505,18 +505,11 @@ def test_whole_episodes_go_on_after_their_end(play):
 
 
 def test_whole_episodes_fit_the_replay_where_actions_are_repeated(tmp_path):
-    flags = [
-        *tiny(script),
-        "--env-id",
-        "toy_envs:Image-v0",
-        "--time-limit",
-        30,
-        "--whole-episodes",
-        "--action-repeat",
-        2,
-    ]
-    run_script(script, *flags, "--generations", 1, cwd=tmp_path)
+    flags = "--env-id toy_envs:Image-v0 --time-limit 30 --whole-episodes --action-repeat 2 --generations 1".split()
+    run_script(script, *flags, *tiny(script), cwd=tmp_path)
     assert checkpoint(only_run(tmp_path))["count"] == 3 * (10 + 10 + 1)  # 20 frames in 10 steps, then one in each
+    curves = scalars(only_run(tmp_path))  # each stage logs its last rows, which a stop before the next would lose
+    assert curves["losses/recon_loss"][-1][0] < curves["losses/latent_loss"][-1][0] < curves["charts/generation"][0][0]
 
 
 def test_a_rollout_is_left_when_patience_is_over(play):
