@@ -18,6 +18,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 TESTS = Path(__file__).resolve().parent
 sys.path[:0] = [str(ROOT), str(TESTS)]
+torch.backends.cudnn.allow_tf32 = False  # parity is a matter of float32
 torch.set_num_threads(1)  # each of the processes that share the tests has a core
 
 TINY = {
@@ -135,10 +136,10 @@ def lines(stderr):
     return [line for line in parts if line and not any(word in line for word in noise)]
 
 
-def agent_and_batch(script, args, spaces, action_space, folder):
+def agent_and_batch(script, args, spaces, action_space, folder, device="cpu"):
     """An agent and a batch of random data as the replay gives them."""
     torch.manual_seed(0)
-    rng, agent = np.random.default_rng(0), script.Agent(args, spaces, action_space)
+    rng, agent = np.random.default_rng(0), script.Agent(args, spaces, action_space, device)
     stored = agent.layout()
     replay = script.Replay(f"{folder}/0", stored, 2, 60, args.batch_length)
     for _ in range(60):
