@@ -39,6 +39,7 @@ class Case:
         official = config["official"]
         self.gaussian = not config["classes"]
         self.args = script.Args(
+            compile=False,
             amp=False,
             deter=config["deter"],
             hidden=config["hidden"],
@@ -506,7 +507,7 @@ def test_parameter_counts(args, channels, action, counts):
 
 SMALL = dict(
     deter=8, hidden=8, stoch=3, classes=4, units=8, depth=1, imagination_horizon=4, batch_size=2, batch_length=5,
-    amp=False,
+    compile=False, amp=False,
 )  # fmt: skip
 
 

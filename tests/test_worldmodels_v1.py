@@ -134,6 +134,7 @@ def make_cell(golden, restart_input=True):
     args = script.Args(
         stoch=golden["lstm_z"].shape[-1], deter=golden["lstm_h0"].shape[-1], restart_input=restart_input, depth=1,
         num_mixtures=golden["head_logpi"].shape[-1], done_weight=float(golden["loss_restart_factor"]),
+        compile=False,
     )  # fmt: skip
     agent = script.Agent(args, IMAGE, gym.spaces.Box(-1, 1, (golden["lstm_action"].shape[-1] + (not restart_input),)))
     gates = agent.world_model.rssm.gates
@@ -249,7 +250,7 @@ def weights(layer, fan, shape):
 def test_parity_whole_vae(golden, monkeypatch):
     """At full size, with weights from a formula: encoder, latent, decoder, loss, number of parameters."""
     stoch = golden["fullvae_mu"].shape[-1]
-    agent = script.Agent(script.Args(stoch=stoch), IMAGE, gym.spaces.Box(-1, 1, (3,)))
+    agent = script.Agent(script.Args(stoch=stoch, compile=False), IMAGE, gym.spaces.Box(-1, 1, (3,)))
     model = agent.world_model
     encoder, decoder = model.encoder, model.decoder
     layers = [*(x[0] for x in encoder.convs), encoder.mean, encoder.logvar, decoder.map]
