@@ -820,8 +820,10 @@ class Agent(nn.Module):
             "critic": Adam(self.behaviour.critic.parameters(), args.critic_rate, args),
         }
         if args.compile:
-            rssm, layers = self.world_model.rssm, self.behaviour.actor.layers
-            for part, name in ((rssm, "obs_step"), (rssm, "img_step"), (layers, "forward")):
+            model = self.world_model
+            parts = [(model.rssm, "obs_step"), (model.rssm, "img_step")]
+            parts += [(layers, "forward") for layers in (model.encoder, model.decoder, self.behaviour.actor.layers)]
+            for part, name in parts:
                 setattr(part, name, torch.compile(getattr(part, name), dynamic=False))
         self.autocast = lambda: torch.autocast(self.device.type, torch.bfloat16, enabled=args.amp)
 
@@ -979,6 +981,7 @@ def picture(obs):
     return np.where(inside.repeat(8, -1)[..., None], [60, 90, 160], 255).astype(np.uint8)
 
 
+@torch.compiler.set_stance("force_eager")
 @torch.no_grad()
 def open_loop(agent, data, context=5):
     """Video (T, 3·H, B·W, 3): truth, model, error; the model sees `context` steps (barred), then only the actions."""
@@ -1023,12 +1026,13 @@ def load(run, agent):
 
 def load_run(args, run):
     """The agent of a run and one of its environments."""
-    env = make_env(args)
+    env, args.compile = make_env(args), False  # there are many shapes, each of them for a short time
     agent = Agent(args, env.observation_space.spaces, env.action_space, setup(args))
     load(run, agent)
     return agent, env
 
 
+@torch.compiler.set_stance("force_eager")  # many shapes, once each
 def evaluate(agent, args, seed, video=None, stop=()):
     """Scores of `eval_episodes` episodes, one in each of as many environments; `video`: folder for an mp4 of one."""
     envs = make_envs(args, args.eval_episodes, video)

@@ -987,7 +987,7 @@ def load(run, agent):
 
 def load_run(args, run):
     """The agent of a run and one of its environments."""
-    env = make_env(args)
+    env, args.compile = make_env(args), False  # there are many shapes, each of them for a short time
     agent = Agent(args, env.observation_space.spaces, env.action_space, setup(args))
     load(run, agent)
     return agent, env

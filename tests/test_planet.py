@@ -387,8 +387,8 @@ def follow(target):
 
 def test_the_planner_finds_the_optimum_of_a_known_system():
     torch.manual_seed(0)
-    best = torch.rand(3, 6, 2, device=DEVICE) * 1.6 - 0.8
-    noise = torch.randn(40, 3, 1000, 6, 2, device=DEVICE)
+    best = (torch.rand(3, 6, 2) * 1.6 - 0.8).to(DEVICE)
+    noise = torch.randn(40, 3, 1000, 6, 2).to(DEVICE)
     close(plan(follow(best.cumsum(1)), noise, 100), best.cpu(), atol=0.06)
     far = torch.tensor([5.0, -5.0], device=DEVICE) * torch.arange(1, 7, device=DEVICE).unsqueeze(1)
     result = plan(follow(far.expand(3, 6, 2)), noise, 100)  # out of reach: as far as actions go
