@@ -362,6 +362,11 @@ class Replay:
         data["is_last"][:, :-1] |= data["is_first"][:, 1:]  # an episode that was left
         return to_tensors(data, device), index
 
+    def write(self, latents, index):
+        """Puts latents, key -> (B, T, ...), in place of those that were sampled at an index."""
+        for key, value in latents.items():
+            self.steps[key][index] = value
+
     def state_dict(self):
         return dict(capacity=self.capacity, layout=self.layout, count=self.count, fresh=self.fresh)
 
@@ -1124,7 +1129,7 @@ def train(args):
     rng = np.random.default_rng([0, args.seed, frame, rank])
     torch.manual_seed(int(rng.integers(2**63)))
     obs, _ = envs.reset(seed=rng.integers(2**32, size=envs.num_envs).tolist())
-    zeros, carry, data, ahead = np.zeros(envs.num_envs, bool), agent.initial(envs.num_envs), None, None
+    zeros, carry, data, ahead, late = np.zeros(envs.num_envs, bool), agent.initial(envs.num_envs), None, None, ({}, ())
     record = obs | dict(reward=np.zeros(envs.num_envs), is_first=~zeros, is_last=zeros, is_terminal=zeros)
     totals, counted, ending = 0.0, updates, False
     bar = tqdm(total=args.total_timesteps, initial=frame, unit="frames", disable=rank > 0, smoothing=0.05)
@@ -1142,14 +1147,16 @@ def train(args):
         while ready and budget >= 1 and not (stop and world == 1):
             data, index = ahead or replay.sample(args.batch_size // world, rng, device)
             latents, metrics = update(data)
-            if device.type == "cuda":  # the next batch is read while the GPU works
-                ahead = replay.sample(args.batch_size // world, rng, device)
-            values = torch.stack(list(metrics.values())).cpu().numpy()
+            latents = {key: value.to("cpu", non_blocking=True) for key, value in latents.items()}
+            if device.type == "cuda":  # while it works, the last latents are written and the next batch is read
+                replay.write(*late)
+                ahead, late = replay.sample(args.batch_size // world, rng, device), (latents, index)
+            values = torch.stack(list(metrics.values())).cpu().numpy()  # waits for it
             if not np.isfinite(values).all():
                 bad = [key for key, value in metrics.items() if not value.isfinite()]
                 sys.exit(f"\nnot finite in update {updates + 1}, frame {frame}: {bad}; the last checkpoint is kept")
-            for key, value in latents.items():
-                replay.steps[key][index] = value.cpu()
+            if device.type == "cpu":
+                replay.write(latents, index)
             totals, updates, budget = totals + values, updates + 1, budget - 1
         budget += ready * args.num_envs * args.train_ratio / (args.batch_size * args.batch_length)
 
