@@ -28,8 +28,7 @@ What changed since dreamer_v2.py:
 [C11] Train ratio instead of a schedule, no random prefill; sizes; several processes; Atari's pictures: train, size,
       train_ratio, replay_size, batch_*, parse_args, setup, main, make_env.
 
-Not copied from the authors' code: on a CPU, latents are written back before the next batch is read, not an update late;
-observations of classes are one-hot vectors with a squared error, not a cross entropy; from state nothing is rendered.
+Not copied from their code: cross entropy for observations of classes (here: squared error), renderings from state.
 
 Shapes: B batch, T time, H imagination horizon, N = B*T starts of imagination, A action, D deter, S stoch variables,
 K classes of each, E embed, F = D + S*K feat, G blocks, X bins, L = T - 1, P = H + 1. Arrays are (B, T, ...).
@@ -361,11 +360,6 @@ class Replay:
         data = {key: self.steps[key][before if key in ("deter", "stoch") else index] for key in self.steps.dtype.names}
         data["is_last"][:, :-1] |= data["is_first"][:, 1:]  # an episode that was left
         return to_tensors(data, device), index
-
-    def write(self, latents, index):
-        """Puts latents, key -> (B, T, ...), in place of those that were sampled at an index."""
-        for key, value in latents.items():
-            self.steps[key][index] = value
 
     def state_dict(self):
         return dict(capacity=self.capacity, layout=self.layout, count=self.count, fresh=self.fresh)
@@ -856,10 +850,9 @@ class Agent(nn.Module):
         self.trained = [p for p in self.parameters() if p.requires_grad]
         self.optimizer = LaProp(self.trained, args)
         if args.compile:
-            model = self.world_model
-            parts = [(model.rssm, "obs_step"), (model.rssm, "img_step")]
-            parts += [(layers, "forward") for layers in (model.encoder, model.decoder, self.behaviour.actor.layers)]
-            for part, name in parts:
+            model, layers = self.world_model, [self.world_model.encoder, self.behaviour.actor.layers]
+            layers += [model.decoder] * (args.image_size > 16)  # of which no map is a single pixel
+            for part, name in (*((x, "forward") for x in layers), (model.rssm, "obs_step"), (model.rssm, "img_step")):
                 setattr(part, name, torch.compile(getattr(part, name), dynamic=False))
         self.autocast = lambda: torch.autocast(self.device.type, torch.bfloat16, enabled=args.amp)
 
@@ -1010,7 +1003,6 @@ def picture(obs):
     return np.where(inside.repeat(8, -1)[..., None], [60, 90, 160], 255).astype(np.uint8)
 
 
-@torch.compiler.set_stance("force_eager")
 @torch.no_grad()
 def open_loop(agent, data, context=5):
     """Video (T, 3·H, B·W, 3): truth, model, error; the model sees `context` steps (barred), then only the actions."""
@@ -1070,10 +1062,9 @@ def load_run(args, run):
     return agent, env
 
 
-@torch.compiler.set_stance("force_eager")  # many shapes, once each
-def evaluate(agent, args, seed, video=None, stop=()):
-    """Scores of `eval_episodes` episodes, one in each of as many environments; `video`: folder for an mp4 of one."""
-    envs = make_envs(args, args.eval_episodes, video)
+def evaluate(agent, args, seed, folder, stop=()):
+    """Scores of `eval_episodes` episodes, one in each of as many environments; --capture-video: an mp4 of one there."""
+    envs = make_envs(args, args.eval_episodes, folder if args.capture_video else None)
     obs, _ = envs.reset(seed=np.random.SeedSequence(seed).generate_state(envs.num_envs).tolist())
     carry, running, scores = agent.initial(envs.num_envs), np.ones(envs.num_envs, bool), {"episodic_return": 0.0}
     for _ in range(0, 108_000, args.action_repeat):  # frames, if an episode does not end
@@ -1129,7 +1120,7 @@ def train(args):
     rng = np.random.default_rng([0, args.seed, frame, rank])
     torch.manual_seed(int(rng.integers(2**63)))
     obs, _ = envs.reset(seed=rng.integers(2**32, size=envs.num_envs).tolist())
-    zeros, carry, data, ahead, late = np.zeros(envs.num_envs, bool), agent.initial(envs.num_envs), None, None, ({}, ())
+    zeros, carry, data, ahead, late = np.zeros(envs.num_envs, bool), agent.initial(envs.num_envs), None, None, []
     record = obs | dict(reward=np.zeros(envs.num_envs), is_first=~zeros, is_last=zeros, is_terminal=zeros)
     totals, counted, ending = 0.0, updates, False
     bar = tqdm(total=args.total_timesteps, initial=frame, unit="frames", disable=rank > 0, smoothing=0.05)
@@ -1147,16 +1138,15 @@ def train(args):
         while ready and budget >= 1 and not (stop and world == 1):
             data, index = ahead or replay.sample(args.batch_size // world, rng, device)
             latents, metrics = update(data)
-            latents = {key: value.to("cpu", non_blocking=True) for key, value in latents.items()}
-            if device.type == "cuda":  # while it works, the last latents are written and the next batch is read
-                replay.write(*late)
-                ahead, late = replay.sample(args.batch_size // world, rng, device), (latents, index)
-            values = torch.stack(list(metrics.values())).cpu().numpy()  # waits for it
+            for key, value, place in late:  # the latents of the update before, as in the authors' code
+                replay.steps[key][place] = value
+            late = [(key, value.to("cpu", non_blocking=True), index) for key, value in latents.items()]
+            if device.type == "cuda":  # the next batch is read while the GPU works
+                ahead = replay.sample(args.batch_size // world, rng, device)
+            values = torch.stack(list(metrics.values())).cpu().numpy()
             if not np.isfinite(values).all():
                 bad = [key for key, value in metrics.items() if not value.isfinite()]
                 sys.exit(f"\nnot finite in update {updates + 1}, frame {frame}: {bad}; the last checkpoint is kept")
-            if device.type == "cpu":
-                replay.write(latents, index)
             totals, updates, budget = totals + values, updates + 1, budget - 1
         budget += ready * args.num_envs * args.train_ratio / (args.batch_size * args.batch_length)
 
@@ -1204,10 +1194,10 @@ def train(args):
 
         # Evaluate
         if passed(args.eval_every) and rank == 0:
-            if data and args.batch_length > 5:  # of which it sees 5
-                log_video(writer, "video/open_loop", open_loop(agent, {k: v[:4] for k, v in data.items()}), frame)
-            folder = f"{run}/videos/{frame}" if args.capture_video else None
-            scores = evaluate(agent, args, [1, args.seed, frame], folder, stop)
+            with torch.compiler.set_stance("force_eager"):  # many shapes, once each
+                if data and args.batch_length > 5:  # of which it sees 5
+                    log_video(writer, "video/open_loop", open_loop(agent, {k: v[:4] for k, v in data.items()}), frame)
+                scores = evaluate(agent, args, [1, args.seed, frame], f"{run}/videos/{frame}", stop)
             for key, value in {} if stop else scores.items():
                 writer.add_scalar(f"eval/{key}", value.mean(), frame)
                 writer.add_scalar(f"eval/{key}_std", value.std(), frame)
@@ -1223,8 +1213,7 @@ def main(argv=None):
     args = parse_args(argv)
     if args.evaluate:
         agent, _ = load_run(args, args.evaluate)
-        folder = f"{args.evaluate}/videos" if args.capture_video else None
-        returns = evaluate(agent, args, [1, args.seed], folder)["episodic_return"]
+        returns = evaluate(agent, args, [1, args.seed], f"{args.evaluate}/videos")["episodic_return"]
         print(f"{args.env_id}: {returns.mean():.2f} ± {returns.std():.2f} over {len(returns)} episodes")
     else:
         train(args)

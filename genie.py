@@ -35,7 +35,7 @@ import re
 import signal
 import sys
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -1066,7 +1066,7 @@ def load(run, agent):
 
 def load_run(args, run):
     """The agent of a run and the frames that its dreams start from."""
-    agent = Agent(args, setup(args))
+    agent = Agent(replace(args, compile=False), setup(args))  # there are many shapes, each of them for a short time
     load(run, agent)
     return agent, agent.prompts
 

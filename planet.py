@@ -680,10 +680,8 @@ class Agent(nn.Module):
             "world_model": Adam(self.world_model.parameters(), args.model_rate, args),
         }
         if args.compile:
-            model = self.world_model
-            parts = [(model.rssm, "obs_step"), (model.rssm, "img_step")]
-            parts += [(layers, "forward") for layers in (model.encoder, model.decoder)]
-            for part, name in parts:
+            rssm = self.world_model.rssm
+            for part, name in ((rssm, "obs_step"), (rssm, "img_step")):
                 setattr(part, name, torch.compile(getattr(part, name), dynamic=False))
         self.autocast = lambda: torch.autocast(self.device.type, torch.bfloat16, enabled=args.amp)
 
@@ -847,7 +845,6 @@ def picture(obs):
     return np.where(inside.repeat(8, -1)[..., None], [60, 90, 160], 255).astype(np.uint8)
 
 
-@torch.compiler.set_stance("force_eager")
 @torch.no_grad()
 def open_loop(agent, data, context=5):
     """Video (T, 3·H, B·W, 3): truth, model, error; the model sees `context` steps (barred), then only the actions."""
@@ -898,10 +895,9 @@ def load_run(args, run):
     return agent, env
 
 
-@torch.compiler.set_stance("force_eager")  # many shapes, once each
-def evaluate(agent, args, seed, video=None, stop=()):
-    """Scores of `eval_episodes` episodes, one in each of as many environments; `video`: folder for an mp4 of one."""
-    envs = make_envs(args, args.eval_episodes, video)
+def evaluate(agent, args, seed, folder, stop=()):
+    """Scores of `eval_episodes` episodes, one in each of as many environments; --capture-video: an mp4 of one there."""
+    envs = make_envs(args, args.eval_episodes, folder if args.capture_video else None)
     obs, _ = envs.reset(seed=np.random.SeedSequence(seed).generate_state(envs.num_envs).tolist())
     carry, running, scores = agent.initial(envs.num_envs), np.ones(envs.num_envs, bool), {"episodic_return": 0.0}
     for _ in range(0, 108_000, args.action_repeat):  # frames, if an episode does not end
@@ -1025,10 +1021,10 @@ def train(args):
 
         # Evaluate
         if passed(args.eval_every):
-            if data and args.batch_length > 5:  # of which it sees 5
-                log_video(writer, "video/open_loop", open_loop(agent, {k: v[:4] for k, v in data.items()}), frame)
-            folder = f"{run}/videos/{frame}" if args.capture_video else None
-            scores = evaluate(agent, args, [1, args.seed, frame], folder, stop)
+            with torch.compiler.set_stance("force_eager"):  # many shapes, once each
+                if data and args.batch_length > 5:  # of which it sees 5
+                    log_video(writer, "video/open_loop", open_loop(agent, {k: v[:4] for k, v in data.items()}), frame)
+                scores = evaluate(agent, args, [1, args.seed, frame], f"{run}/videos/{frame}", stop)
             for key, value in {} if stop else scores.items():
                 writer.add_scalar(f"eval/{key}", value.mean(), frame)
                 writer.add_scalar(f"eval/{key}_std", value.std(), frame)
@@ -1050,8 +1046,7 @@ def main(argv=None):
     args = parse_args(argv)
     if args.evaluate:
         agent, _ = load_run(args, args.evaluate)
-        folder = f"{args.evaluate}/videos" if args.capture_video else None
-        returns = evaluate(agent, args, [1, args.seed], folder)["episodic_return"]
+        returns = evaluate(agent, args, [1, args.seed], f"{args.evaluate}/videos")["episodic_return"]
         print(f"{args.env_id}: {returns.mean():.2f} ± {returns.std():.2f} over {len(returns)} episodes")
     else:
         train(args)

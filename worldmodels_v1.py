@@ -632,7 +632,7 @@ class Agent(nn.Module):
         self.optimizer = torch.optim.Adam(self.trained)  # of V and M; what has no gradient is left alone
         if args.compile:
             model = self.world_model
-            for part, name in ((model.encoder, "forward"), (model.decoder, "forward"), (model.rssm, "lstm")):
+            for part, name in ((model.encoder, "forward"), (model.rssm, "lstm")):  # decoder: PyTorch issue 171622
                 setattr(part, name, torch.compile(getattr(part, name), dynamic=False))
 
     def layout(self):

@@ -153,7 +153,7 @@ def test_an_evaluation_counts_each_episode_once(new_house, tmp_path):
     flags = ["--env-id", "toy_envs:Vector-v0", "--env-kwargs", "trouble", "short", "--total-timesteps", 60]
     run_script(new_house, *flags, *tiny(new_house), cwd=tmp_path)
     args = new_house.parse_args(["--evaluate", str(only_run(tmp_path))])
-    returns = new_house.evaluate(new_house.load_run(args, args.evaluate)[0], args, 0)["episodic_return"]
+    returns = new_house.evaluate(new_house.load_run(args, args.evaluate)[0], args, 0, tmp_path)["episodic_return"]
     assert len(set(returns)) > 3 and set(returns) <= {n * (n + 1) / 2 for n in range(5, 15)}
 
 
