@@ -89,12 +89,18 @@ def start_figure(script, panels):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, panels, figsize=(5 * panels, 3.5), squeeze=False)
+    rows = -(-panels // 2)
+    figure, axes = plt.subplots(rows, 2, figsize=(10, 3.5 * rows), squeeze=False)
     figure.suptitle(script)
-    return figure, axes[0]
+    for axis in axes.flat[panels:]:
+        axis.remove()
+    return figure, axes.flat[:panels]
 
 
 def save_figure(figure, path):
+    for panel in figure.axes:
+        panel.set_xlim(left=0)
+        panel.set_ylim(bottom=min(0, panel.get_ylim()[0]))
     figure.tight_layout()
     figure.savefig(path, dpi=110)
     print(path)

@@ -165,6 +165,12 @@ def measure(script, flags, options):
         row["update_gflop"] = counter.total / 1e9
     update = script.Graph(agent.update, device)
     row["update"] = clock(lambda: update(data), options.repeats, device, warm=5 if device.type == "cuda" else 2)
+    if device.type == "cuda":  # what the captured graph saves, and how many kernels it has
+        row["update_not_captured"] = clock(lambda: agent.update(data), 3, device)
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            update(data)
+            torch.cuda.synchronize()
+        row["update_kernels"] = sum(event.count for event in profile.key_averages() if event.device_time_total > 0)
     dtype = torch.bfloat16 if args.amp else torch.float32
     kind = "wall_ms" if device.type == "cuda" else "cpu_ms"
     if "update_gflop" in row:
@@ -355,6 +361,11 @@ def main():
     script = load(options.script)
     result = {"script": script.__name__, "machine": machine(options), "cases": {}}
     print(" ".join(f"{key}={value}" for key, value in result["machine"].items()))
+    device = (result["machine"]["gpu"] or "cpu").lower().replace(" ", "-")
+    kind = "compiled" if options.compile else "eager"
+    if device == "cpu":
+        kind += "_bf16" * options.amp + f"_{options.threads}threads" * (options.threads > 1)
+    path = f"{options.out}/throughput_{script.__name__}_{device}_{kind}_{result['machine']['date']}.json"
     video = hasattr(script, "Video")
     staged = video or hasattr(script, "dream_returns")
     if not staged:
@@ -367,6 +378,9 @@ def main():
         row = result["cases"][name] = (measure_video if video else measure_stages if staged else measure)(
             script, flags, options
         )
+        if options.out:  # after every case, so that nothing is lost
+            with open(path, "w") as file:
+                json.dump(result, file, indent=1)
         if staged:
             print(f"{name:20}", " ".join(f"{key}={value:.0f}" for key, value in row.items()), flush=True)
             continue
@@ -382,15 +396,6 @@ def main():
             if timing.get("share_of_product_rate", 0) > 0.1:  # it plans
                 text = f"{timing['cpu_ms']:.0f} ms CPU, {timing['gflop']:.1f} GFLOP"
                 print(f"    a decision of {envs}: {text}, share {timing['share_of_product_rate']:.2f}", flush=True)
-    if options.out:
-        device = (result["machine"]["gpu"] or "cpu").lower().replace(" ", "-")
-        kind = "compiled" if options.compile else "eager"
-        if device == "cpu":
-            kind += "_bf16" * options.amp + f"_{options.threads}threads" * (options.threads > 1)
-        path = f"{options.out}/throughput_{script.__name__}_{device}_{kind}_{result['machine']['date']}.json"
-        with open(path, "w") as file:
-            json.dump(result, file, indent=1)
-        print(path)
 
 
 if __name__ == "__main__":
