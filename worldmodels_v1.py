@@ -633,7 +633,7 @@ class Agent(nn.Module):
         if args.compile:
             model = self.world_model
             for part, name in ((model.encoder, "forward"), (model.rssm, "lstm")):  # decoder: PyTorch issue 171622
-                setattr(part, name, torch.compile(getattr(part, name), dynamic=False))
+                setattr(part, name, torch.compile(getattr(part, name)))  # dreams end: sizes differ
 
     def layout(self):
         """What the rollouts hold of each step: key -> (shape, dtype)."""
