@@ -849,10 +849,10 @@ class Agent(nn.Module):
         self.behaviour.slow_critic.load_state_dict(self.behaviour.critic.state_dict())
         self.trained = [p for p in self.parameters() if p.requires_grad]
         self.optimizer = LaProp(self.trained, args)
-        if args.compile:
-            model, layers = self.world_model, [self.world_model.encoder, self.behaviour.actor.layers]
-            layers += [model.decoder] * (args.image_size > 16)  # of which no map is a single pixel
-            for part, name in (*((x, "forward") for x in layers), (model.rssm, "obs_step"), (model.rssm, "img_step")):
+        if args.compile:  # a decoder whose first map is one pixel would fail on a GPU: PyTorch issue 171622
+            model = self.world_model
+            modules = [model.encoder, self.behaviour.actor.layers] + [model.decoder] * (args.image_size > 16)
+            for part, name in [(model.rssm, "obs_step"), (model.rssm, "img_step")] + [(x, "forward") for x in modules]:
                 setattr(part, name, torch.compile(getattr(part, name), dynamic=False))
         self.autocast = lambda: torch.autocast(self.device.type, torch.bfloat16, enabled=args.amp)
 
@@ -1056,14 +1056,14 @@ def load(run, agent):
 
 def load_run(args, run):
     """The agent of a run and one of its environments."""
-    env, args.compile = make_env(args), False  # there are many shapes, each of them for a short time
+    env, args.compile = make_env(args), False  # compiling would take longer than it saves
     agent = Agent(args, env.observation_space.spaces, env.action_space, setup(args))
     load(run, agent)
     return agent, env
 
 
 def evaluate(agent, args, seed, folder, stop=()):
-    """Scores of `eval_episodes` episodes, one in each of as many environments; --capture-video: an mp4 of one there."""
+    """Scores of `eval_episodes` episodes, one in each of as many environments; --capture-video: an mp4 in `folder`."""
     envs = make_envs(args, args.eval_episodes, folder if args.capture_video else None)
     obs, _ = envs.reset(seed=np.random.SeedSequence(seed).generate_state(envs.num_envs).tolist())
     carry, running, scores = agent.initial(envs.num_envs), np.ones(envs.num_envs, bool), {"episodic_return": 0.0}

@@ -1066,7 +1066,7 @@ def load(run, agent):
 
 def load_run(args, run):
     """The agent of a run and the frames that its dreams start from."""
-    agent = Agent(replace(args, compile=False), setup(args))  # there are many shapes, each of them for a short time
+    agent = Agent(replace(args, compile=False), setup(args))  # compiling would take longer than it saves
     load(run, agent)
     return agent, agent.prompts
 

@@ -889,14 +889,14 @@ def load(run, agent):
 
 def load_run(args, run):
     """The agent of a run and one of its environments."""
-    env, args.compile = make_env(args), False  # there are many shapes, each of them for a short time
+    env, args.compile = make_env(args), False  # compiling would take longer than it saves
     agent = Agent(args, env.observation_space.spaces, env.action_space, setup(args))
     load(run, agent)
     return agent, env
 
 
 def evaluate(agent, args, seed, folder, stop=()):
-    """Scores of `eval_episodes` episodes, one in each of as many environments; --capture-video: an mp4 of one there."""
+    """Scores of `eval_episodes` episodes, one in each of as many environments; --capture-video: an mp4 in `folder`."""
     envs = make_envs(args, args.eval_episodes, folder if args.capture_video else None)
     obs, _ = envs.reset(seed=np.random.SeedSequence(seed).generate_state(envs.num_envs).tolist())
     carry, running, scores = agent.initial(envs.num_envs), np.ones(envs.num_envs, bool), {"episodic_return": 0.0}

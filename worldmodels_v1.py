@@ -632,8 +632,8 @@ class Agent(nn.Module):
         self.optimizer = torch.optim.Adam(self.trained)  # of V and M; what has no gradient is left alone
         if args.compile:
             model = self.world_model
-            for part, name in ((model.encoder, "forward"), (model.rssm, "lstm")):  # decoder: PyTorch issue 171622
-                setattr(part, name, torch.compile(getattr(part, name)))  # dreams end: sizes differ
+            for part, name in ((model.encoder, "forward"), (model.rssm, "lstm")):  # no decoder: PyTorch issue 171622
+                setattr(part, name, torch.compile(getattr(part, name)))  # for any size, since dreams end
 
     def layout(self):
         """What the rollouts hold of each step: key -> (shape, dtype)."""
@@ -987,7 +987,7 @@ def load(run, agent):
 
 def load_run(args, run):
     """The agent of a run and one of its environments."""
-    env, args.compile = make_env(args), False  # there are many shapes, each of them for a short time
+    env, args.compile = make_env(args), False  # compiling would take longer than it saves
     agent = Agent(args, env.observation_space.spaces, env.action_space, setup(args))
     load(run, agent)
     return agent, env
