@@ -820,7 +820,6 @@ class LaProp:
         """One update from gradients in the order of the parameters -> stats."""
         grad_norm = torch.stack(torch._foreach_norm(grads))
         limit = self.args.clip * torch.stack(torch._foreach_norm(self.params)).clamp(min=1e-3)
-        grads = [grad.contiguous() for grad in grads]  # foreach runs as one kernel if layouts and types agree
         grads = torch._foreach_mul(grads, list((limit / torch.maximum(grad_norm, limit)).unbind()))
         rate = self.args.learning_rate * (self.updates / max(1, self.args.warmup)).clamp(max=1)
         self.updates += 1
@@ -905,7 +904,8 @@ class Agent(nn.Module):
         """One gradient step on a batch from the replay -> the new latents, metrics by key; never waits for the GPU.
         data: observations (B, T, ...), action, reward, flags, and the latents before it: deter (B, D), stoch (B, S)."""
         losses, total, latents, stats = self.loss(data)
-        grads = torch.autograd.grad(total, self.trained)
+        # in one layout, for NCCL and so that the optimizer's operations run as one kernel each
+        grads = [grad.contiguous() for grad in torch.autograd.grad(total, self.trained)]
         if dist.is_initialized():
             for grad in grads:
                 dist.all_reduce(grad.div_(dist.get_world_size()))

@@ -799,7 +799,7 @@ class Policy(nn.Module):
     def __init__(self, args, actions):
         super().__init__()
         self.args, numbers, patches = args, 3 * args.patch**2, num_patches(args.patch, args)
-        self.reader = Reader(args, args.lam_encoder, self.length, patches, numbers, actions)
+        self.reader = Reader(replace(args, compile=False), args.lam_encoder, self.length, patches, numbers, actions)
 
     def forward(self, video):
         """uint8 video (B, T, H, W, 3) -> logits (B, T, A) of what follows each frame."""
@@ -879,7 +879,7 @@ class Agent(nn.Module):
             losses, stats, used = self.dynamics_loss(video) if stage else self.tokenizer.loss(video)
         (group,) = self.optimizers[stage].param_groups
         for p, grad in zip(group["params"], torch.autograd.grad(sum(losses.values()), group["params"]), strict=True):
-            p.grad = average(grad)
+            p.grad = average(grad.contiguous())  # for NCCL
         norm = nn.utils.clip_grad_norm_(group["params"], self.args.clip or math.inf)
         group["lr"].copy_(self.rate(stage, self.updates[stage]))
         self.optimizers[stage].step()
@@ -1223,7 +1223,7 @@ def clone(args):
     policy = Policy(args, args.num_actions).to(device).learn(video, device, agent)
     cases = {"random play": (oracle, [range(count)] * count), "true actions": (oracle, [[i] for i in range(count)])}
     clips, true = video.get(video.train[rng.permutation(len(video.train))[:1000]], device)
-    pairs = torch.stack([agent.infer(clips)[1][:, 0], true[:, 0]], 1).tolist()
+    pairs = torch.stack([torch.cat([agent.infer(x)[1][:, 0] for x in clips.split(100)]), true[:, 0]], 1).tolist()
     for labels in (1, 2, 5, 10, 20, 50, 100, 200, 1000):
         meant = [[b for a, b in pairs[:labels] if a == latent] for latent in range(args.num_actions)]
         cases[f"latent actions, {labels} labels"] = policy, [known or range(count) for known in meant]

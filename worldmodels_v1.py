@@ -524,7 +524,7 @@ class WorldModel(nn.Module):
         end = data["is_terminal"].to(cont.dtype)  # (B, T)
         cont_loss = F.binary_cross_entropy_with_logits(cont, 1 - end, reduction="none")  # (B, T)
         losses["continue_loss"] = cont_loss * known * (1 + (self.args.done_weight - 1) * end)  # (B, T)
-        return losses, (deter[:, -1].detach(), stoch[:, -1].detach())
+        return losses, tuple(x[:, -1].detach().clone() for x in (deter, stoch))  # no views of all steps
 
     def reward(self, feat):
         """(..., F) -> expected reward (...)."""
