@@ -396,6 +396,8 @@ def main():
             if timing.get("share_of_product_rate", 0) > 0.1:  # it plans
                 text = f"{timing['cpu_ms']:.0f} ms CPU, {timing['gflop']:.1f} GFLOP"
                 print(f"    a decision of {envs}: {text}, share {timing['share_of_product_rate']:.2f}", flush=True)
+    if options.out:
+        print(path)
 
 
 if __name__ == "__main__":
