@@ -703,3 +703,21 @@ def test_updates_follow_the_train_ratio(envs, ratio, tmp_path):
     assert (records, frame) == (104 * envs, 100 * envs)  # five episodes of 20 steps; all but one have a reset
     start = next(count for count in range(0, records, envs) if count - 8 * envs >= 4 * 8)  # a first batch is there
     assert updates == 1 + (records - start) * ratio // (4 * 8) > 8
+
+
+def test_latents_are_written_back_an_update_late(tmp_path, monkeypatch):
+    """As in the authors' code: when the last of n updates has ended, those of the one before it are in the replay."""
+    update, updates = script.Agent.update, []
+
+    def numbered(self, data):
+        latents, metrics = update(self, data)
+        updates.append(len(updates) + 2.0)  # what acts is at most 1
+        return latents | {"deter": torch.full_like(latents["deter"], updates[-1])}, metrics
+
+    monkeypatch.setattr(script.Agent, "update", numbered)
+    monkeypatch.setattr(script.Agent, "act", torch.no_grad()(lambda self, obs, carry: carry))  # does nothing
+    run_script(script, "--env-id", "toy_envs:Vector-v0", *tiny(script), "--total-timesteps", 100, cwd=tmp_path)
+    args, path = script.parse_args(["--resume", str(only_run(tmp_path))]), only_run(tmp_path) / "replay/steps"
+    env = script.make_env(args)
+    layout = script.Agent(args, env.observation_space.spaces, env.action_space).layout()
+    assert len(updates) > 8 and np.memmap(path, layout, "r")["deter"].max() == updates[-2]

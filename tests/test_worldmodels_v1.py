@@ -400,6 +400,15 @@ def test_a_batched_dream_is_the_gymnasium_dream():
     assert batched.item() == pytest.approx(total, rel=1e-4)
 
 
+def test_the_state_between_chunks_is_no_view_of_all_steps():
+    """Or every checkpoint would hold them."""
+    agent, shape = make_agent("--stoch 6 --deter 7 --depth 1"), (3, 5)
+    data = dict(embed=torch.randn(*shape, 12), action=torch.rand(*shape, 2), reward=torch.randn(shape))
+    data |= {key: torch.zeros(shape, dtype=torch.bool) for key in ("is_first", "is_terminal")}
+    _, state = agent.world_model.loss(data, agent.world_model.rssm.initial(3))
+    assert all(x.untyped_storage().nbytes() == 4 * x.numel() for x in state)
+
+
 @pytest.mark.parametrize("flags", ["", "--controller-inputs zch --controller-hidden 9"])
 def test_shape_comments(flags):
     sizes = dict(B=3, T=5, N=15, P=10, R=4, M=40, A=2, S=6, H=7, D=14, C=3)
