@@ -4,7 +4,7 @@
     python benchmarks/compare.py --panels glide catch     # a part of it; --jobs 0: only draw what there is
 
 Runs in runs/compare/<game>/<label>/<seed> that are finished are skipped, cut ones are resumed. The CSV has the means
-of training episodes (they explore) over 300 frames, and at the end the evaluation.
+of training episodes (they explore) over a tenth of the frames, and at the end the evaluation.
 """
 
 import argparse
@@ -35,15 +35,29 @@ FOUR = {"PlaNet": f"{PLANET} --planning-horizon 5", "DreamerV1": V1, "DreamerV2"
 HORIZONS = {str(horizon): f"{PLANET} --planning-horizon {horizon}" for horizon in (1, 3, 6, 12, 20, 30)}
 ABLATIONS = {"DreamerV2": V2, "no imagination": f"{V2} --behaviour-from replay", "no critic": f"{V2} --no-critic"}
 ABLATIONS |= {"Gaussian latents": f"{V2} --classes 1 --stoch 16", "horizon 5": f"{V2} --imagination-horizon 5"}
-TASK = "--total-timesteps 3000 --eval-every 0 --eval-episodes 40 --save-every 500 --no-cuda --no-amp --no-compile"
+WIDE = "--deter 128 --hidden 64 --units 64 --model-rate 1e-3"  # from state: no convolutions
+BATCH = "--batch-size 16 --batch-length 25 --kl-scale 0.1 --actor-rate 2e-4"
+CONTROL = {
+    "PlaNet": f"planet.py {WIDE} --candidates 200 --iterations 5 --elites 20 --batch-size 32 --batch-length 20",
+    "DreamerV1": f"dreamer_v1.py {WIDE} {BATCH} --prefill 1000 --train-every 6 --train-steps 1 --free-nats 1"
+    " --critic-rate 2e-4",
+    "DreamerV2": f"dreamer_v2.py {WIDE} {BATCH} --train-every 3 --stoch 16 --classes 8",
+    "DreamerV3": "dreamer_v3.py --size 1m --deter 128 --num-envs 1 --train-ratio 128",
+}
+DEVICE = "--eval-every 0 --no-cuda --no-amp --no-compile"
+TASK = f"--total-timesteps 3000 --eval-episodes 40 --save-every 500 {DEVICE}"
+STATE = f"--total-timesteps 30000 --eval-episodes 10 --save-every 2000 --obs state {DEVICE}"
 GRID = {  # panel: title, flags of the task, label -> script and flags, what random play returns
     "glide": ("Glide from pixels", f"{TASK} --env-id toy_envs:Glide-v0", FOUR, -0.3),
     "catch": ("Catch from pixels", f"{TASK} --env-id toy_envs:Catch-v0", FOUR, -0.6),
     "horizon": ("PlaNet on Glide, by planning horizon", f"{TASK} --env-id toy_envs:Glide-v0", HORIZONS, -0.3),
     "ablations": ("DreamerV2 on Catch, ablations", f"{TASK} --env-id toy_envs:Catch-v0", ABLATIONS, -0.6),
+    "cartpole": ("Cartpole swing-up from state", f"{STATE} --env-id dmc-cartpole-swingup", CONTROL, 43),
+    "reacher": ("Reacher (easy) from state", f"{STATE} --env-id dmc-reacher-easy", CONTROL, 84),
 }
 CELLS = [(panel, seed, label) for panel in GRID for seed in SEEDS for label in GRID[panel][2]]
-FOLDER = {(p, seed, label): ROOT / f"runs/compare/{GRID[p][1][-8:]}/{label}/{seed}" for p, seed, label in CELLS}
+GAME = {panel: flags.split()[-1].split(":")[-1] for panel, (_, flags, *_) in GRID.items()}
+FOLDER = {(panel, seed, label): ROOT / f"runs/compare/{GAME[panel]}/{label}/{seed}" for panel, seed, label in CELLS}
 
 
 def score(cell):
@@ -77,7 +91,8 @@ def collect():
     for cell in (cell for cell in CELLS if score(cell) is not None):
         panel, seed, label = cell
         points = read_run(str(next(FOLDER[cell].glob("*/checkpoint.pt")).parent))[1]["charts/episodic_return"]
-        means = {frame: window(points, frame, 300) for frame in range(300, points[-1][0] + 1, 300)}
+        width = int(GRID[panel][1].split()[1]) // 10
+        means = {frame: window(points, frame, width) for frame in range(width, points[-1][0] + 1, width)}
         for frame, value in (means | {"end": score(cell)}).items():
             curves[panel, label][frame].append(value)
             rows.append([panel, label, seed, frame, f"{value:.3f}"])
@@ -101,8 +116,9 @@ def draw(curves):
             print(f"{panel}, {label}: {mean[-1]:.2f} ({low[-1]:.2f} to {high[-1]:.2f}), {len(values[-1])} seeds")
             (line,) = axis.plot(frames, mean[:-1], label=label)
             axis.fill_between(frames, low[:-1], high[:-1], color=line.get_color(), alpha=0.15)
-            axis.plot([3150 + 90 * i] * 3, [low[-1], mean[-1], high[-1]], "o-", markersize=3, color=line.get_color())
-        axis.set(title=title, xlim=(0, None), ylim=(None, 1.05), xlabel="environment frames", ylabel="return")
+            place = [frames[-1] * (1.05 + 0.03 * i)] * 3
+            axis.plot(place, [low[-1], mean[-1], high[-1]], "o-", markersize=3, color=line.get_color())
+        axis.set(title=title, xlim=(0, None), xlabel="environment frames", ylabel="return")
         axis.legend(fontsize=8)
     figure.savefig(ROOT / "docs/compare.png", dpi=120, facecolor="white")  # on a dark page too
 
