@@ -46,25 +46,22 @@ import sys
 import time
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
-from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Literal
 
 import cv2
 import gymnasium as gym
-import imageio.v3 as iio
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import tyro
 from PIL import Image
+from tensorboardX import SummaryWriter
 from torch import nn
 from torch.distributions import Distribution, Independent, Normal, OneHotCategorical
 from torch.utils._pytree import tree_map
-from torch.utils.tensorboard import SummaryWriter
-from torch.utils.tensorboard.summary import Summary
 from tqdm import tqdm
 
 # === Arguments ========================================================================================================
@@ -132,11 +129,8 @@ class Args:
     replay_size: int = 5_000_000  # steps that the replay holds
 
 
+# Table 3 (arXiv:2301.04104v2), and size1m of the authors' configs.yaml
 WIDTHS = {"1m": 64, "12m": 256, "25m": 384, "50m": 512, "100m": 768, "200m": 1024, "400m": 1536}
-SIZES = {  # Table 3 (arXiv:2301.04104v2), and size1m of the authors' configs.yaml
-    size: dict(deter=8 * width, hidden=width, classes=width // 16, depth=width // 16, units=width)
-    for size, width in WIDTHS.items()
-}
 LARGE = dict(num_envs=16, eval_every=1_000_000, save_every=250_000)
 DMC = dict(obs="pixels", action_repeat=2, num_envs=8, size="12m", train_ratio=512)
 PRESETS = {  # by the first word of --env-id, then by that word and --obs
@@ -166,9 +160,9 @@ def parse_args(argv=None):
             sys.exit(f"{run} is no run of {SCRIPT}.py, or of another version")
     args = tyro.cli(Args, args=argv, default=Args(**given | dict(env_kwargs={})), description=text)
     args.env_kwargs = args.env_kwargs or given.get("env_kwargs", {})  # as a default, tyro would make a flag of each
-    for name, value in SIZES[args.size].items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
+    width = WIDTHS[args.size]
+    widths = dict(deter=8 * width, hidden=width, classes=width // 16, depth=width // 16, units=width)
+    vars(args).update({name: value for name, value in widths.items() if getattr(args, name) is None})
     for name, value in vars(args).items():
         least = 0 if isinstance(value, float) or name in ("seed", "eval_every", "warmup") else 1
         if type(value) in (int, float) and not least <= value < math.inf:
@@ -292,7 +286,7 @@ def make_env(args, video=None):
 
 def make_envs(args, count, video=None):
     """Environments in lock-step, in processes of their own if they draw; the step after an episode's last resets."""
-    makers = [partial(make_env, args)] * (count - 1) + [partial(make_env, args, video)]
+    makers = [lambda: make_env(args)] * (count - 1) + [lambda: make_env(args, video)]
     try:
         with make_env(args) as probe:
             drawn = any(space.dtype == np.uint8 for space in probe.observation_space.values())
@@ -301,7 +295,7 @@ def make_envs(args, count, video=None):
     if count == 1 or not drawn:
         return gym.vector.SyncVectorEnv(makers)
     # forked from a clean process, which must not inherit this one's OpenGL and CUDA but has the imports that take long
-    multiprocessing.set_forkserver_preload(["cv2", "gymnasium", "torch.utils.tensorboard", "tyro"])
+    multiprocessing.set_forkserver_preload(["cv2", "gymnasium", "tensorboardX", "torch", "tyro"])
     return gym.vector.AsyncVectorEnv(makers, context="forkserver")
 
 
@@ -949,9 +943,6 @@ class Dream(gym.Env):
     info["real"] is what the real environment shows after the same actions, while its episode lasts. A dream ends where
     the continue head says so, or is cut after `length` steps."""
 
-    metadata = {"render_modes": ["rgb_array"], "render_fps": 15}
-    render_mode = "rgb_array"
-
     def __init__(self, agent, env, length=500):
         self.agent, self.env, self.length = agent, env, length
         self.observation_space, self.action_space = env.observation_space, env.action_space
@@ -967,8 +958,7 @@ class Dream(gym.Env):
     @torch.no_grad()
     def observe(self):
         decoded = self.agent.world_model.decode(feature(*self.state).unsqueeze(1))
-        self.obs = {key: value[0, 0].cpu().numpy() for key, value in decoded.items()}
-        return self.obs
+        return {key: value[0, 0].cpu().numpy() for key, value in decoded.items()}
 
     @torch.no_grad()
     def step(self, action):
@@ -987,9 +977,6 @@ class Dream(gym.Env):
     def policy(self):
         """What the actor does here, as an action of the environment's action space."""
         return self.agent.env_action(self.agent.policy(*self.state))[0]
-
-    def render(self):
-        return picture(self.obs)
 
 
 def picture(obs):
@@ -1078,13 +1065,6 @@ def evaluate(agent, args, seed, folder, stop=()):
         running &= ~(terminated | truncated)
     envs.close()
     return scores
-
-
-def log_video(writer, key, frames, step):
-    """(T, H, W, 3), which TensorBoard shows as an animated GIF."""
-    gif = iio.imwrite("<bytes>", frames, extension=".gif", duration=66, loop=0)
-    image = Summary.Image(height=frames.shape[1], width=frames.shape[2], encoded_image_string=gif)
-    writer.file_writer.add_summary(Summary(value=[Summary.Value(tag=key, image=image)]), step)
 
 
 def train(args):
@@ -1196,7 +1176,8 @@ def train(args):
         if passed(args.eval_every) and rank == 0:
             with torch.compiler.set_stance("force_eager"):  # many shapes, once each
                 if data and args.batch_length > 5:  # of which it sees 5
-                    log_video(writer, "video/open_loop", open_loop(agent, {k: v[:4] for k, v in data.items()}), frame)
+                    video = open_loop(agent, {key: value[:4] for key, value in data.items()})
+                    writer.add_video("video/open_loop", video[None], frame, fps=15, dataformats="NTHWC")
                 scores = evaluate(agent, args, [1, args.seed, frame], f"{run}/videos/{frame}", stop)
             for key, value in {} if stop else scores.items():
                 writer.add_scalar(f"eval/{key}", value.mean(), frame)

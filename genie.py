@@ -44,17 +44,15 @@ from typing import Literal
 import av
 import cv2
 import gymnasium as gym
-import imageio.v3 as iio
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import tyro
 from PIL import Image, ImageOps
+from tensorboardX import SummaryWriter
 from torch import nn
 from torch.utils._pytree import tree_map
-from torch.utils.tensorboard import SummaryWriter
-from torch.utils.tensorboard.summary import Summary
 from tqdm import tqdm
 
 # === Arguments ========================================================================================================
@@ -301,7 +299,7 @@ def make_env(args, video=None):
 
 def make_envs(args, count, video=None):
     """Environments in lock-step, in processes of their own if they draw; the step after an episode's last resets."""
-    makers = [partial(make_env, args)] * (count - 1) + [partial(make_env, args, video)]
+    makers = [lambda: make_env(args)] * (count - 1) + [lambda: make_env(args, video)]
     try:
         with make_env(args) as probe:
             drawn = any(space.dtype == np.uint8 for space in probe.observation_space.values())
@@ -310,7 +308,7 @@ def make_envs(args, count, video=None):
     if count == 1 or not drawn:
         return gym.vector.SyncVectorEnv(makers)
     # forked from a clean process, which must not inherit this one's OpenGL and CUDA but has the imports that take long
-    multiprocessing.set_forkserver_preload(["cv2", "gymnasium", "torch.utils.tensorboard", "tyro"])
+    multiprocessing.set_forkserver_preload(["cv2", "gymnasium", "tensorboardX", "torch", "tyro"])
     return gym.vector.AsyncVectorEnv(makers, context="forkserver")
 
 
@@ -953,9 +951,6 @@ class Dream(gym.Env):
     It starts after `context` real frames of a clip that was held out or, with reset(options={"prompt": path}), after
     a picture; is cut after `length` steps. info["real"] is the last real frame."""
 
-    metadata = {"render_modes": ["rgb_array"], "render_fps": 10}
-    render_mode = "rgb_array"
-
     def __init__(self, agent, prompts, length=500):
         self.agent, self.prompts, self.length = agent, prompts, length
         self.observation_space = gym.spaces.Dict({"image": gym.spaces.Box(0, 255, (*prompts.shape[2:],), np.uint8)})
@@ -983,11 +978,7 @@ class Dream(gym.Env):
         return self.observe(), 0.0, False, self.steps >= self.length, {"real": {"image": self.real.copy()}}
 
     def observe(self):
-        self.obs = {"image": self.agent.show(self.ids)[0, -1].cpu().numpy()}
-        return self.obs
-
-    def render(self):
-        return picture(self.obs)
+        return {"image": self.agent.show(self.ids)[0, -1].cpu().numpy()}
 
 
 def read_picture(path, shape):
@@ -1069,13 +1060,6 @@ def load_run(args, run):
     agent = Agent(replace(args, compile=False), setup(args))  # compiling would take longer than it saves
     load(run, agent)
     return agent, agent.prompts
-
-
-def log_video(writer, key, frames, step):
-    """(T, H, W, 3), which TensorBoard shows as an animated GIF."""
-    gif = iio.imwrite("<bytes>", frames, extension=".gif", duration=66, loop=0)
-    image = Summary.Image(height=frames.shape[1], width=frames.shape[2], encoded_image_string=gif)
-    writer.file_writer.add_summary(Summary(value=[Summary.Value(tag=key, image=image)]), step)
 
 
 @torch.no_grad()
@@ -1201,7 +1185,8 @@ def train(args):
                 with torch.compiler.set_stance("force_eager"):  # many shapes, once each
                     for key, value in measure(agent, args, video).items():
                         writer.add_scalar(key, value, frame)
-                    log_video(writer, "video/latent_actions", action_grid(agent, video), frame)
+                    grid = action_grid(agent, video)[None]
+                    writer.add_video("video/latent_actions", grid, frame, fps=10, dataformats="NTHWC")
     bar.close()
     if rank == 0:
         writer.close()
@@ -1217,7 +1202,7 @@ def clone(args):
     if not hasattr(make_env(args).unwrapped, "expert"):
         sys.exit(f"--clone: {args.env_id} has no method expert(), whose actions the video is to show")
     video, device = record(args, f"{args.clone}/expert", expert=True).index(), agent.device
-    envs = gym.vector.SyncVectorEnv([partial(make_env, args)] * args.eval_episodes)
+    envs = gym.vector.SyncVectorEnv([lambda: make_env(args)] * args.eval_episodes)
     count = int(envs.single_action_space.n)
     oracle = Policy(args, count).to(device).learn(video, device)
     policy = Policy(args, args.num_actions).to(device).learn(video, device, agent)

@@ -32,23 +32,20 @@ import signal
 import sys
 import time
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Literal
 
 import cv2
 import gymnasium as gym
-import imageio.v3 as iio
 import numpy as np
 import torch
 import torch.nn.functional as F
 import tyro
+from tensorboardX import SummaryWriter
 from torch import nn
 from torch.distributions import Normal
 from torch.utils._pytree import tree_map
-from torch.utils.tensorboard import SummaryWriter
-from torch.utils.tensorboard.summary import Summary
 from tqdm import tqdm
 
 # === Arguments ========================================================================================================
@@ -265,7 +262,7 @@ def make_env(args, video=None):
 
 def make_envs(args, count, video=None):
     """Environments in lock-step, in processes of their own if they draw; the step after an episode's last resets."""
-    makers = [partial(make_env, args)] * (count - 1) + [partial(make_env, args, video)]
+    makers = [lambda: make_env(args)] * (count - 1) + [lambda: make_env(args, video)]
     try:
         with make_env(args) as probe:
             drawn = any(space.dtype == np.uint8 for space in probe.observation_space.values())
@@ -274,7 +271,7 @@ def make_envs(args, count, video=None):
     if count == 1 or not drawn:
         return gym.vector.SyncVectorEnv(makers)
     # forked from a clean process, which must not inherit this one's OpenGL and CUDA but has the imports that take long
-    multiprocessing.set_forkserver_preload(["cv2", "gymnasium", "torch.utils.tensorboard", "tyro"])
+    multiprocessing.set_forkserver_preload(["cv2", "gymnasium", "tensorboardX", "torch", "tyro"])
     return gym.vector.AsyncVectorEnv(makers, context="forkserver")
 
 
@@ -791,9 +788,6 @@ class Dream(gym.Env):
     info["real"] is what the real environment shows after the same actions, while its episode lasts. A dream ends where
     the continue head says so, or is cut after `length` steps."""
 
-    metadata = {"render_modes": ["rgb_array"], "render_fps": 15}
-    render_mode = "rgb_array"
-
     def __init__(self, agent, env, length=500):
         self.agent, self.env, self.length = agent, env, length
         self.observation_space, self.action_space = env.observation_space, env.action_space
@@ -809,8 +803,7 @@ class Dream(gym.Env):
     @torch.no_grad()
     def observe(self):
         decoded = self.agent.world_model.decode(feature(*self.state).unsqueeze(1))
-        self.obs = {key: value[0, 0].cpu().numpy() for key, value in decoded.items()}
-        return self.obs
+        return {key: value[0, 0].cpu().numpy() for key, value in decoded.items()}
 
     @torch.no_grad()
     def step(self, action):
@@ -829,9 +822,6 @@ class Dream(gym.Env):
     def policy(self):
         """What the actor does here, as an action of the environment's action space."""
         return self.agent.env_action(self.agent.policy(*self.state))[0]
-
-    def render(self):
-        return picture(self.obs)
 
 
 def picture(obs):
@@ -911,13 +901,6 @@ def evaluate(agent, args, seed, folder, stop=()):
         running &= ~(terminated | truncated)
     envs.close()
     return scores
-
-
-def log_video(writer, key, frames, step):
-    """(T, H, W, 3), which TensorBoard shows as an animated GIF."""
-    gif = iio.imwrite("<bytes>", frames, extension=".gif", duration=66, loop=0)
-    image = Summary.Image(height=frames.shape[1], width=frames.shape[2], encoded_image_string=gif)
-    writer.file_writer.add_summary(Summary(value=[Summary.Value(tag=key, image=image)]), step)
 
 
 def begin(envs, replay, seeds=None):
@@ -1023,7 +1006,8 @@ def train(args):
         if passed(args.eval_every):
             with torch.compiler.set_stance("force_eager"):  # many shapes, once each
                 if data and args.batch_length > 5:  # of which it sees 5
-                    log_video(writer, "video/open_loop", open_loop(agent, {k: v[:4] for k, v in data.items()}), frame)
+                    video = open_loop(agent, {key: value[:4] for key, value in data.items()})
+                    writer.add_video("video/open_loop", video[None], frame, fps=15, dataformats="NTHWC")
                 scores = evaluate(agent, args, [1, args.seed, frame], f"{run}/videos/{frame}", stop)
             for key, value in {} if stop else scores.items():
                 writer.add_scalar(f"eval/{key}", value.mean(), frame)

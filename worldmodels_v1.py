@@ -54,8 +54,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import tyro
+from tensorboardX import SummaryWriter
 from torch import nn
-from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 # === Arguments ========================================================================================================
@@ -704,7 +704,7 @@ class Workers(ProcessPoolExecutor):
 
     def __init__(self, args, agent):
         context = multiprocessing.get_context("forkserver")  # from a clean process that has imported what takes long
-        context.set_forkserver_preload(["cv2", "gymnasium", "torch._dynamo", "torch.utils.tensorboard", "tyro"])
+        context.set_forkserver_preload(["cv2", "gymnasium", "torch._dynamo", "tensorboardX", "tyro"])
         weights = {key: value.cpu().numpy() for key, value in agent.state_dict().items()}
         super().__init__(args.num_envs, context, start_worker, (args, weights))
 
@@ -905,9 +905,6 @@ class Dream(gym.Env):
     info["real"] is what the real environment shows after the same actions, while its episode lasts. A dream ends where
     the continue head says so, or is cut after `length` steps."""
 
-    metadata = {"render_modes": ["rgb_array"], "render_fps": 15}
-    render_mode = "rgb_array"
-
     def __init__(self, agent, env, length=500):
         self.agent, self.env, self.length = agent, env, length
         self.observation_space, self.action_space = env.observation_space, env.action_space
@@ -923,8 +920,7 @@ class Dream(gym.Env):
     @torch.no_grad()
     def observe(self):
         decoded = self.agent.world_model.decode(feature(*self.state).unsqueeze(1))
-        self.obs = {key: value[0, 0].cpu().numpy() for key, value in decoded.items()}
-        return self.obs
+        return {key: value[0, 0].cpu().numpy() for key, value in decoded.items()}
 
     @torch.no_grad()
     def step(self, action):
@@ -943,9 +939,6 @@ class Dream(gym.Env):
     def policy(self):
         """What the actor does here, as an action of the environment's action space."""
         return self.agent.env_action(self.agent.policy(*self.state))[0]
-
-    def render(self):
-        return picture(self.obs)
 
 
 def picture(obs):

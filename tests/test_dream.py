@@ -20,8 +20,7 @@ def make_dream(script, env_id, **options):
 def test_a_dream_is_a_gymnasium_environment(world, env_id):
     dream = make_dream(world, env_id)
     check_env(dream)
-    dream.reset(seed=0)
-    frame = dream.render()
+    frame = world.picture(dream.reset(seed=0)[0])
     assert frame.dtype == np.uint8 and frame.ndim == 3 and frame.shape[2] == 3
     action = dream.policy()
     assert dream.action_space.contains(action) or isinstance(dream.action_space, gym.spaces.Discrete)

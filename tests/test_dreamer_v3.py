@@ -33,6 +33,10 @@ def tensor(array):
     return torch.as_tensor(np.asarray(array), device=DEVICE)
 
 
+def sized(size, **options):
+    return script.Args(**vars(script.parse_args(["--size", size])) | options)
+
+
 class Case:
     """One recorded model case: our agent with its sizes and weights, its batch and its samples."""
 
@@ -422,7 +426,7 @@ def test_parity_optimizer(functions):
 
 
 def test_parity_return_scale(functions):
-    behaviour = script.Behaviour(script.Args(**script.SIZES["1m"]), 3, True).to(DEVICE)
+    behaviour = script.Behaviour(sized("1m"), 3, True).to(DEVICE)
     for x, lo, scale in zip(functions["retnorm/x"], functions["retnorm/lo"], functions["retnorm/scale"], strict=True):
         mine = behaviour.scale(tensor(x))
         close(behaviour.return_range[0], lo)
@@ -430,7 +434,7 @@ def test_parity_return_scale(functions):
 
 
 def test_parity_distributions(functions):
-    actor = script.Actor(script.Args(**script.SIZES["1m"]), 8, 3, False).to(DEVICE)
+    actor = script.Actor(sized("1m"), 8, 3, False).to(DEVICE)
     actor.layers, (mean, std) = torch.nn.Identity(), actor.outputs
     for i, output in enumerate((mean, std)):
         output.weight.data = torch.eye(3, 6, device=DEVICE).roll(3 * i, 1)
@@ -442,7 +446,7 @@ def test_parity_distributions(functions):
     close(policy.log_prob(tensor(functions["bnormal/event"])), functions["bnormal/logp"])
     close(policy.entropy(), functions["bnormal/entropy"])
     logit = tensor(functions["cat/logits"])
-    actor = script.Actor(script.Args(**script.SIZES["1m"]), 8, logit.shape[-1], True).to(DEVICE)
+    actor = script.Actor(sized("1m"), 8, logit.shape[-1], True).to(DEVICE)
     actor.layers, actor.outputs = torch.nn.Identity(), torch.nn.ModuleList([torch.nn.Identity()])
     policy = actor(logit)
     close(policy.log_prob(F.one_hot(tensor(functions["cat/action"]), logit.shape[-1]).float()), functions["cat/logp"])
@@ -517,7 +521,7 @@ VECTORS = {"height": (1,), "orientations": (14,), "velocity": (9,)}
 @pytest.mark.parametrize("case, row", [(case, row) for case, rows in COUNTS.items() for row in rows])
 def test_parameter_counts(case, row):
     """Those of the authors' code, module by module, from its shapes."""
-    args = script.Args(**script.SIZES[row[0]], image_size=96 if "96" in case else 64)
+    args = sized(row[0], image_size=96 if "96" in case else 64)
     spaces = {key: gym.spaces.Box(-np.inf, np.inf, shape) for key, shape in VECTORS.items()}
     if "image" in case:
         shape = (args.image_size, args.image_size, 1 if "x1" in case else 3)
@@ -624,7 +628,7 @@ def test_actions_are_sampled_without_a_check_of_values(small, monkeypatch):
 
 def test_heads_are_precise_under_autocast(small):
     """Last layers are float32: two bins near 150 share the probability, and 16 bits would give six values in all."""
-    spaces, args = small[0].spaces, script.Args(**script.SIZES["1m"], compile=False, amp=True)
+    spaces, args = small[0].spaces, sized("1m", compile=False, amp=True)
     agent = script.Agent(args, spaces, gym.spaces.Discrete(3))
     critic, bins = agent.behaviour.critic, script.twohot_bins(args.bins)
     with torch.no_grad():
@@ -668,7 +672,7 @@ def test_samples_follow_the_probabilities(monkeypatch):
 
 
 def test_a_new_agent_predicts_zero_reward_and_value(small, tmp_path):
-    args = script.Args(**script.SIZES["1m"], compile=False)
+    args = sized("1m", compile=False)
     agent = script.Agent(args, small[0].spaces, gym.spaces.Discrete(3))
     feat = torch.randn(7, args.deter + args.stoch * args.classes)
     assert not agent.world_model.reward(feat).any() and not script.twohot_mean(agent.behaviour.critic(feat)).any()
