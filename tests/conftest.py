@@ -14,9 +14,12 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 ROOT = Path(__file__).resolve().parents[1]
 TESTS = Path(__file__).resolve().parent
+GOLDEN = Path(os.environ.get("GOLDEN_DIR", TESTS / "golden"))  # recorded outputs of the authors' code
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 sys.path[:0] = [str(ROOT), str(TESTS)]
 torch.backends.cudnn.allow_tf32 = False  # parity is a matter of float32
 torch.set_num_threads(1)  # each of the processes that share the tests has a core
@@ -158,6 +161,123 @@ def agent_and_batch(script, args, spaces, action_space, folder, device="cpu"):
         replay.add(step)
     data = replay.sample(args.batch_size, rng, agent.device)
     return agent, data[0] if isinstance(data, tuple) else data  # and where it is, if latents are written back
+
+
+SMALL = {
+    "planet": dict(planning_horizon=3, candidates=6, iterations=2, elites=2),
+    "dreamer_v1": dict(imagination_horizon=4, predict_continue=True, free_nats=0.0),
+    "dreamer_v2": dict(imagination_horizon=4, classes=4),
+}
+
+
+def small(script, discrete=False, device="cpu", **options):
+    """A small agent that sees vectors, and a batch of two sequences of five steps, of which one ends."""
+    torch.manual_seed(0)
+    sizes = dict(deter=8, hidden=8, stoch=3, units=8, depth=1, batch_size=2, batch_length=5, compile=False, amp=False)
+    args = script.Args(**sizes | SMALL[script.__name__] | options)
+    space = gym.spaces.Discrete(3) if discrete else gym.spaces.Box(-1, 1, (2,))
+    agent = script.Agent(args, {"vector": gym.spaces.Box(-1, 1, (6,))}, space, device)
+    action = F.one_hot(torch.randint(3, (2, 5)), 3).float() if discrete else torch.rand(2, 5, 2) * 2 - 1
+    data = {"vector": torch.randn(2, 5, 6), "action": action, "reward": torch.randn(2, 5)}
+    data |= {name: torch.zeros(2, 5, dtype=torch.bool) for name in script.FLAGS}
+    data["is_first"][:, 0] = True
+    data["is_terminal"][0, -1] = True
+    return agent, {key: value.to(device) for key, value in data.items()}
+
+
+def reached(loss, module):
+    """Whether a loss gives the module's parameters a gradient."""
+    grads = torch.autograd.grad(loss, list(module.parameters()), allow_unused=True, retain_graph=True)
+    return any(grad is not None and grad.abs().max() > 0 for grad in grads)
+
+
+def all_losses(script, agent, data):
+    """Losses of world model and behaviour, and the statistics of what was imagined, by name."""
+    losses, deter, stoch, feat, _ = agent.world_model.loss(data, agent.start(data))
+    inputs = (deter, stoch) if script.__name__ == "dreamer_v1" else (data, deter, stoch, feat)
+    more, stats = agent.behaviour.loss(agent.world_model, *inputs)
+    return losses | more, stats
+
+
+# Against recordings
+
+
+def close(mine, golden, rtol=1e-4, atol=1e-5):
+    mine, golden = (x.detach().cpu().numpy() if isinstance(x, torch.Tensor) else np.asarray(x) for x in (mine, golden))
+    assert mine.shape == golden.shape, (mine.shape, golden.shape)
+    np.testing.assert_allclose(mine, golden, rtol=rtol, atol=atol * max(1.0, float(np.abs(golden).max())))
+
+
+def tensor(array):
+    array = torch.as_tensor(np.asarray(array), device=DEVICE)
+    return array.float() if array.dtype == torch.float64 else array
+
+
+def gradients(value, inputs, upstream=None):
+    upstream = torch.ones_like(value) if upstream is None else tensor(upstream)
+    return torch.autograd.grad(value, inputs, upstream, retain_graph=True)
+
+
+@contextlib.contextmanager
+def replaced(queue, *places):
+    """Puts recorded tensors in the place of random ones: in order, all of them and nothing else.
+
+    A place is an object, the name of its function, and what is called instead: with `take`, then the same arguments.
+    """
+    queue = list(queue)
+
+    def take(like):
+        assert queue, "more was drawn than was recorded"
+        shape = like.shape if isinstance(like, torch.Tensor) else torch.Size(like)
+        assert queue[0].shape == shape, "another order than was recorded"
+        return queue.pop(0)
+
+    with pytest.MonkeyPatch.context() as patch:
+        for place, name, function in places:
+            patch.setattr(place, name, lambda *inputs, function=function, **_: function(take, *inputs))
+        yield
+    assert not queue, f"{len(queue)} recorded tensors were not drawn"
+
+
+def draws(**queue):
+    """The same for one of PyTorch's functions, `draws(randn_like=noise)`, and for what its distributions draw."""
+    ((name, noise),) = queue.items()
+    plain, normal = lambda take, like, *_: take(like), torch.distributions.normal  # noqa: E731
+    return replaced(noise, (torch, name, plain), (normal, "_standard_normal", plain))
+
+
+class Recorded:
+    """A recorded model: `agent` with its sizes and weights, `golden` with what it computed, and official `names`."""
+
+    def add(self, ours, theirs, kind="dense"):
+        """Notes the official names of a layer's weight and bias, and how the weight is laid out."""
+        self.names[f"{ours}.weight"] = f"{theirs}/kernel", kind
+        self.names[f"{ours}.bias"] = f"{theirs}/bias", "same"
+
+    def feat(self, golden):
+        """Recorded features in our order: stoch first there, deter first here."""
+        return np.roll(golden, -self.args.stoch * getattr(self.args, "classes", 1), -1)
+
+    def convert(self, array, kind):
+        """An official array in our layout."""
+        if kind == "conv":
+            return tensor(array.transpose(3, 2, 0, 1))
+        array = self.feat(array.T).T if kind == "dense_feat" else array
+        return tensor(array.T) if kind.startswith("dense") else tensor(array)
+
+    def parameter(self, prefix, name):
+        theirs, kind = self.names[name]
+        return self.convert(self.golden[prefix + theirs], kind)
+
+    def load(self, prefix):
+        used = set()
+        with torch.no_grad():
+            for name, parameter in self.agent.named_parameters():
+                value = self.parameter(prefix, name)
+                assert value.shape == parameter.shape, name
+                parameter.copy_(value)
+                used.add(prefix + self.names[name][0])
+        assert used == {key for key in self.golden.files if key.startswith(prefix)}
 
 
 @pytest.fixture
