@@ -8,23 +8,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import (
-    DEVICE,
-    GOLDEN,
-    Recorded,
-    all_losses,
-    checkpoint,
-    close,
-    draws,
-    gradients,
-    only_run,
-    reached,
-    run_script,
-    scalars,
-    small,
-    tensor,
-    tiny,
-)
+from conftest import all_losses, checkpoint, only_run, reached, run_script, scalars, small, tiny
+from recordings import DEVICE, GOLDEN, Recorded, close, draws, gradients, tensor
 
 import dreamer_v1 as script
 

@@ -7,18 +7,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import (
-    DEVICE,
-    GOLDEN,
-    Recorded,
-    all_losses,
-    close,
-    gradients,
-    reached,
-    replaced,
-    small,
-    tensor,
-)
+from conftest import all_losses, reached, small
+from recordings import DEVICE, GOLDEN, Recorded, close, gradients, replaced, tensor
 from test_replay import a_replay, add_episode, drawn
 
 import dreamer_v2 as script

@@ -9,7 +9,8 @@ import pytest
 import test_dreamer_v1
 import test_dreamer_v2
 import torch
-from conftest import DEVICE, GOLDEN, all_losses, close, draws, gradients, reached, run_script, small, tensor, tiny
+from conftest import all_losses, reached, run_script, small, tiny
+from recordings import DEVICE, GOLDEN, close, draws, gradients, tensor
 
 DREAMERS = {"dreamer_v1": test_dreamer_v1, "dreamer_v2": test_dreamer_v2}
 
