@@ -211,6 +211,25 @@ def refused(capsys):
     return call
 
 
+@pytest.fixture
+def events(monkeypatch):
+    """Notes what runs of a script do: r(andom action), a(ction of the agent), f (the first in an episode), u(pdate)."""
+
+    def watch(script):
+        seen = []
+        for letter, name in dict(r="random_action", a="act", u="update").items():
+            whole = getattr(script.Agent, name)
+
+            def noted(agent, *inputs, letter=letter, whole=whole):
+                seen.append("f" if letter == "a" and inputs[0]["is_first"].all() else letter)
+                return whole(agent, *inputs)
+
+            monkeypatch.setattr(script.Agent, name, noted)
+        return seen
+
+    return watch
+
+
 @pytest.fixture(params=PORTED)
 def ported(request):
     """Each script of the new house, as a module."""

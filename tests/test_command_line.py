@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT, command, environment, lines, only_run, run_script, tiny
+from conftest import ROOT, environment, lines, only_run, run_script, tiny
 
 
 def comments(ported):
@@ -168,8 +168,5 @@ def test_an_evaluation_of_what_does_not_end(ported, tmp_path):
 @pytest.mark.slow
 def test_evaluations_and_films_during_training(ported, tmp_path):
     flags = ["--env-id", "toy_envs:Image-v0", "--total-timesteps", 90, *tiny(ported), "--eval-every", 30]
-    process = subprocess.run(
-        command(ported, *flags, "--eval-episodes", 2, "--capture-video"), cwd=tmp_path, env=environment(), timeout=120
-    )
-    assert process.returncode == 0
+    run_script(ported, *flags, "--eval-episodes", 2, "--capture-video", cwd=tmp_path, fresh=True)
     assert len(list(only_run(tmp_path).rglob("videos/*/*.mp4"))) == 3

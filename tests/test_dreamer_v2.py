@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import all_losses, reached, small
+from conftest import all_losses, reached, run_script, small, tiny
 from recordings import DEVICE, GOLDEN, Recorded, close, gradients, replaced, tensor
 from test_replay import a_replay, add_episode, drawn
 
@@ -357,42 +357,12 @@ def test_episodes_that_are_overwritten_are_gone(tmp_path):
     assert len(a_replay(script, tmp_path / "long", [10, 40, 1], capacity=25)) == 0
 
 
-class Episode(gym.Env):
-    """Ends after 7 steps; counts the updates that were made before each action."""
-
-    observation_space, action_space = gym.spaces.Box(-1, 1, (2,)), gym.spaces.Discrete(2)
-
-    def reset(self, *, seed=None, options=None):
-        super().reset(seed=seed)
-        self.steps = 0
-        LOG.append("reset")
-        return np.zeros(2, np.float32), {}
-
-    def step(self, action):
-        self.steps += 1
-        LOG.append("step")
-        return np.zeros(2, np.float32), 1.0, self.steps == 7, False, {}
-
-
-LOG = []
-
-
-def test_schedule(tmp_path, monkeypatch):
+def test_schedule(tmp_path, events):
     """After a prefill of whole episodes all starts anew: pretraining, an update at the next step, one every 5 steps."""
-    monkeypatch.setitem(gym.registry, "Seven-v0", gym.envs.registration.EnvSpec("Seven-v0", entry_point=Episode))
-    original = script.Agent.update
-    monkeypatch.setattr(script.Agent, "update", lambda self, data: LOG.append("update") or original(self, data))
-    flags = "--env-id Seven-v0 --deter 8 --hidden 8 --stoch 2 --classes 2 --units 8 --batch-size 2 --batch-length 4 "
-    flags += "--imagination-horizon 3 --prefill 10 --pretrain 3 --total-timesteps 24 --eval-every 0 --no-cuda"
-    LOG.clear()
-    script.main([*flags.split(), "--run-dir", str(tmp_path)])
-    log = LOG[LOG.index("step") - 1 :]
-    first = log.index("update")
-    assert log[:first] == ["reset", *["step"] * 7, "reset", *["step"] * 3, "reset"]  # the reset amid the second episode
-    left = "".join({"step": "s", "update": "u", "reset": "r"}[x] for x in log[first:])
-    done, counts = 0, []
-    for entry in left:
-        done += entry == "u"
-        if entry == "s":
-            counts.append(done)  # updates before each step
-    assert counts == [3, 4, 4, 4, 4, 4, 5, 5, 5, 5, 5, 6, 6, 6]
+    flags = (
+        "--env-id toy_envs:Vector-v0 --env-kwargs length 7 --batch-length 4 --prefill 10 --pretrain 3 --train-every 5"
+    )
+    seen = events(script)
+    run_script(script, *tiny(script), *flags.split(), "--total-timesteps", 24, cwd=tmp_path)
+    # 7 steps, one that resets, and 3 of an episode that is left; two episodes of 7 steps, the first with a reset
+    assert "".join(seen) == 11 * "r" + "uuu" + "fuaaaaaua" + "a" + "faaauaaa"

@@ -491,20 +491,12 @@ def test_the_planner_ranks_in_float32(monkeypatch):
 # Replay and schedule
 
 
-def test_it_trains_first_and_then_collects_whole_episodes(tmp_path, monkeypatch):
+def test_it_trains_first_and_then_collects_whole_episodes(tmp_path, events):
     """One update more than `train_steps` before the first planned episode, `train_steps` before each later one."""
-    events, original = [], (script.Agent.act, script.Agent.update, script.Agent.random_action)
-
-    def act(agent, obs, carry, training=True):
-        events.append("first" if obs["is_first"].all() else "act")
-        return original[0](agent, obs, carry, training)
-
-    monkeypatch.setattr(script.Agent, "act", act)
-    monkeypatch.setattr(script.Agent, "update", lambda *x: events.append("update") or original[1](*x))
-    monkeypatch.setattr(script.Agent, "random_action", lambda *x: events.append("random") or original[2](*x))
     flags = "--env-id toy_envs:Bounds-v0 --seed-episodes 3 --train-steps 4 --batch-length 9 --total-timesteps 110"
+    seen = events(script)
     run_script(script, *tiny(script), *flags.split(), cwd=tmp_path)
-    text = "".join({"random": "r", "update": "u", "first": "f", "act": "a"}[event] for event in events)
+    text = "".join(seen)
     assert re.fullmatch("r+u{5}fa+u{4}(afa+u{4})?afa+", text), text  # the action after an episode's end is not used
     run = only_run(tmp_path)
     ends = [frame for frame, _ in scalars(run)["charts/episodic_length"]]

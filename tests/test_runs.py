@@ -293,10 +293,7 @@ def test_a_signal_saves_and_says_how_to_resume(new_house, flags, number, group, 
     out, err = process.communicate(timeout=60)
     assert process.returncode == 128 + number, err
     assert "Traceback" not in err
-    assert (
-        f"--resume runs/{run.name}" in [*out.splitlines(), *lines(err)][-1]
-        or f"--resume runs/{run.name}" in out.splitlines()[-1]
-    )
+    assert any(f"--resume runs/{run.name}" in told[-1] for told in (out.splitlines(), lines(err)) if told)
     assert frames(run) >= before
     wait_for(lambda: subprocess.run(["pgrep", "-s", str(process.pid)], capture_output=True).returncode, seconds=20)
     go_on(new_house, run)
@@ -421,10 +418,10 @@ s.Agent.update = broken
     go_on(new_house, run, 100)
 
 
-def test_a_disk_that_is_too_small_is_refused(new_house, refused, tmp_path, monkeypatch):
+def test_a_disk_that_is_too_small_is_refused(world, refused, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: type("Usage", (), dict(free=10**6)))
-    line = refused(new_house, *TOY, "--total-timesteps", 10**5, *tiny(new_house))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: type("Usage", (), dict(free=10**5)))
+    line = refused(world, *TWO_IMAGES, "--total-timesteps", 10**5, *tiny(world))
     assert "GB" in line and not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
