@@ -43,6 +43,7 @@ TINY = {
 PORTED = ("planet", "dreamer_v1", "dreamer_v2", "dreamer_v3")
 WORLDS = (*PORTED, "worldmodels_v1")  # which learn in any environment, and dream it with its own actions
 HOUSE = (*WORLDS, "genie")  # whose command line and run directories are the same
+SPACES = {"vector": gym.spaces.Box(-np.inf, np.inf, (3,)), "image": gym.spaces.Box(0, 255, (64, 64, 3), np.uint8)}
 QUIET = "--eval-every 0 --log-every 20 --no-cuda --no-compile --no-amp"  # no evaluation, frequent rows of metrics
 
 
@@ -82,6 +83,18 @@ def run_script(script, *args, cwd, code=0, timeout=120, patch=None, fresh=False,
         result = run_here(script, [str(arg) for arg in args], cwd)
     assert result.returncode == code, f"exit code {result.returncode}\n{result.stdout}\n{result.stderr}"
     return result
+
+
+def spawn(script, folder, *args, patch=None, **env):
+    """A script as a process, with a process group of its own."""
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    return subprocess.Popen(command(script, *args, patch=patch), cwd=folder, env=environment(**env), **pipes)
+
+
+def train(script, folder, *flags, frames=60, **options):
+    """A tiny run in this process, unless asked otherwise -> its directory."""
+    run_script(script, *tiny(script), "--total-timesteps", frames, *flags, cwd=folder, **options)
+    return only_run(folder)
 
 
 def run_here(script, args, cwd):
@@ -209,6 +222,12 @@ def refused(capsys):
         return line
 
     return call
+
+
+@pytest.fixture
+def functions(request):
+    """Recorded functions of the authors' code, for a test file that says where they are."""
+    return np.load(request.module.FUNCTIONS)
 
 
 @pytest.fixture

@@ -68,6 +68,11 @@ class Recorded:
         """Recorded features in our order: stoch first there, deter first here."""
         return np.roll(golden, -self.args.stoch * getattr(self.args, "classes", 1), -1)
 
+    def learnt(self):
+        """The batch as the losses see it."""
+        reward = self.data["reward"]
+        return self.data | {"reward": reward.tanh() if self.args.tanh_rewards else reward}
+
     def convert(self, array, kind):
         """An official array in our layout."""
         if kind == "conv":

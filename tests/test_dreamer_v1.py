@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import all_losses, checkpoint, only_run, reached, run_script, scalars, small, tiny
+from conftest import all_losses, checkpoint, only_run, reached, run_script, scalars, small, tiny, train
 from recordings import DEVICE, GOLDEN, Recorded, close, draws, gradients, tensor
 
 import dreamer_v1 as script
 
 CASES = sorted(GOLDEN.rglob("golden_v1_*.npz"))
-FUNCTIONS = next(iter(sorted(GOLDEN.rglob("golden_functions_v1.npz"))), None)
+FUNCTIONS = next(GOLDEN.rglob("golden_functions_v1.npz"), None)
 
 
 def gate_order(array):
@@ -113,14 +113,8 @@ def case(request):
     return Case(request.param)
 
 
-def learnt(case):
-    """The batch as the losses see it."""
-    reward = case.data["reward"]
-    return case.data | {"reward": reward.tanh() if case.args.tanh_rewards else reward}
-
-
 def test_parity_world_model(case):
-    golden, model, args, data = case.golden, case.agent.world_model, case.args, learnt(case)
+    golden, model, args, data = case.golden, case.agent.world_model, case.args, case.learnt()
     close(data["reward"], golden["in/reward"])
     start = case.agent.start(data)
     embed = model.encoder(data)
@@ -157,7 +151,7 @@ def test_parity_world_model(case):
 
 
 def test_parity_behaviour(case):
-    golden, agent, args, data = case.golden, case.agent, case.args, learnt(case)
+    golden, agent, args, data = case.golden, case.agent, case.args, case.learnt()
     with case.samples(case.noise(1, "post")):
         losses, deter, stoch, _, _ = agent.world_model.loss(data, agent.start(data))
     scales = {"kl_loss": args.kl_scale, "continue_loss": args.continue_scale}
@@ -179,11 +173,6 @@ def test_parity_behaviour(case):
     close(losses["actor_loss"].mean(), golden["step1/loss/actor"])
     close(losses["critic_loss"].mean(), golden["step1/loss/value"])
     close(stats["return_mean"], read("returns").mean())
-
-
-@pytest.fixture(scope="module")
-def functions():
-    return np.load(FUNCTIONS)
 
 
 def an_actor(discrete, units=4):
@@ -376,14 +365,14 @@ def test_heads_are_exact_where_networks_are_in_bfloat16():
 def test_schedule(tmp_path, monkeypatch, events):
     """Of frames: episodes of 10 steps at action repeat 2, prefill of 90, three updates every 30, resets not counted."""
     monkeypatch.setattr(script.Agent, "explore", lambda self, action: action)
-    flags = "--env-id toy_envs:Vector-v0 --action-repeat 2 --prefill 90 --train-every 30 --total-timesteps 200".split()
+    flags = "--env-id toy_envs:Vector-v0 --action-repeat 2 --prefill 90 --train-every 30".split()
     seen = events(script)
-    run_script(script, *tiny(script), *flags, cwd=tmp_path)
+    run = train(script, tmp_path, *flags, frames=200)
     groups = [(letter, len(list(group))) for letter, group in itertools.groupby("".join(seen).replace("f", "a"))]
     # five episodes, of which four are followed by a reset; then train, then act
     prefill, training = [("r", 5 * 10 + 4), ("u", 2)], [("a", 16), ("u", 3), ("a", 16), ("u", 3), ("a", 17), ("u", 3)]
     assert groups == [*prefill, *training, ("a", 5)]
-    frames = [frame for frame, _ in scalars(only_run(tmp_path))["charts/episodic_return"]]
+    frames = [frame for frame, _ in scalars(run)["charts/episodic_return"]]
     assert frames == list(range(20, 201, 20))
 
 

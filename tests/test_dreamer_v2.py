@@ -7,14 +7,14 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import all_losses, reached, run_script, small, tiny
+from conftest import all_losses, reached, small, train
 from recordings import DEVICE, GOLDEN, Recorded, close, gradients, replaced, tensor
 from test_replay import a_replay, add_episode, drawn
 
 import dreamer_v2 as script
 
 CASES = sorted(GOLDEN.rglob("golden_v2_*.npz"))
-FUNCTIONS = next(iter(sorted(GOLDEN.rglob("golden_functions_v2.npz"))), None)
+FUNCTIONS = next(GOLDEN.rglob("golden_functions_v2.npz"), None)
 
 
 class Case(Recorded):
@@ -113,14 +113,8 @@ def case(request):
     return Case(request.param)
 
 
-def learnt(case):
-    """The batch as the losses see it."""
-    reward = case.data["reward"]
-    return case.data | {"reward": reward.tanh() if case.args.tanh_rewards else reward}
-
-
 def test_parity_world_model(case):
-    golden, model, args, data = case.golden, case.agent.world_model, case.args, learnt(case)
+    golden, model, args, data = case.golden, case.agent.world_model, case.args, case.learnt()
     close(data["reward"], golden["in/reward"])
     start = case.agent.start(data)
     embed = model.encoder(data)
@@ -163,7 +157,7 @@ def test_parity_world_model(case):
 
 
 def test_parity_behaviour(case):
-    golden, agent, args, data = case.golden, case.agent, case.args, learnt(case)
+    golden, agent, args, data = case.golden, case.agent, case.args, case.learnt()
     with case.samples(case.noise(1, "post")):
         losses, deter, stoch, feat, _ = agent.world_model.loss(data, agent.start(data))
     scales = {"kl_loss": args.kl_scale, "continue_loss": args.continue_scale}
@@ -198,11 +192,6 @@ def test_parity_behaviour(case):
     close(losses["actor_loss"].mean(), golden["step1/loss/actor"])
     close(losses["critic_loss"].mean(), golden["step1/loss/critic"])
     close(stats["return_mean"], read("target").mean())
-
-
-@pytest.fixture(scope="module")
-def functions():
-    return np.load(FUNCTIONS)
 
 
 def test_parity_kl(functions):
@@ -359,10 +348,7 @@ def test_episodes_that_are_overwritten_are_gone(tmp_path):
 
 def test_schedule(tmp_path, events):
     """After a prefill of whole episodes all starts anew: pretraining, an update at the next step, one every 5 steps."""
-    flags = (
-        "--env-id toy_envs:Vector-v0 --env-kwargs length 7 --batch-length 4 --prefill 10 --pretrain 3 --train-every 5"
-    )
-    seen = events(script)
-    run_script(script, *tiny(script), *flags.split(), "--total-timesteps", 24, cwd=tmp_path)
-    # 7 steps, one that resets, and 3 of an episode that is left; two episodes of 7 steps, the first with a reset
+    seen, flags = events(script), "--prefill 10 --pretrain 3 --train-every 5 --batch-length 4 --env-kwargs length 7"
+    train(script, tmp_path, "--env-id", "toy_envs:Vector-v0", *flags.split(), frames=24)
+    # 7 steps, one that resets, 3 of an episode that is left; two episodes of 7 steps, between them one that resets
     assert "".join(seen) == 11 * "r" + "uuu" + "fuaaaaaua" + "a" + "faaauaaa"

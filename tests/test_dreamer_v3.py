@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import agent_and_batch, checkpoint, only_run, reached, run_script, tiny
+from conftest import agent_and_batch, checkpoint, reached, train
 from recordings import DEVICE, GOLDEN, Recorded, close, replaced, tensor
 
 import dreamer_v3 as script
@@ -266,11 +266,6 @@ def test_parity_updates(case, request, monkeypatch):
     for name, parameter in slow.items():
         close(parameter, golden_slow(name, count).cpu(), rtol=1e-5, atol=2e-6)
     case.load("param/")
-
-
-@pytest.fixture(scope="module")
-def functions():
-    return np.load(FUNCTIONS)
 
 
 def test_parity_symlog(functions):
@@ -600,9 +595,8 @@ def test_lambda_returns_by_hand():
 @pytest.mark.parametrize("envs, ratio", [(1, 8), (1, 48), (2, 5)])
 def test_updates_follow_the_train_ratio(envs, ratio, tmp_path):
     """One when there is a batch, then `train_ratio` steps a record: those of resets count too, but are no frame."""
-    flags = ["--env-id", "toy_envs:Vector-v0", "--num-envs", envs, *tiny(script), "--train-ratio", ratio]
-    run_script(script, *flags, "--total-timesteps", 100 * envs, cwd=tmp_path)
-    state = checkpoint(only_run(tmp_path))
+    flags = ["--env-id", "toy_envs:Vector-v0", "--num-envs", envs, "--train-ratio", ratio]
+    state = checkpoint(train(script, tmp_path, *flags, frames=100 * envs))
     (frame, updates, _), records = state["progress"], state["replay"]["count"] * envs
     assert (records, frame) == (104 * envs, 100 * envs)  # five episodes of 20 steps; all but one have a reset
     start = next(count for count in range(0, records, envs) if count - 8 * envs >= 4 * 8)  # a first batch is there
@@ -620,8 +614,8 @@ def test_latents_are_written_back_an_update_late(tmp_path, monkeypatch):
 
     monkeypatch.setattr(script.Agent, "update", numbered)
     monkeypatch.setattr(script.Agent, "act", torch.no_grad()(lambda self, obs, carry: carry))  # does nothing
-    run_script(script, "--env-id", "toy_envs:Vector-v0", *tiny(script), "--total-timesteps", 100, cwd=tmp_path)
-    args, path = script.parse_args(["--resume", str(only_run(tmp_path))]), only_run(tmp_path) / "replay/steps"
+    run = train(script, tmp_path, "--env-id", "toy_envs:Vector-v0", frames=100)
+    args, path = script.parse_args(["--resume", str(run)]), run / "replay/steps"
     env = script.make_env(args)
     layout = script.Agent(args, env.observation_space.spaces, env.action_space).layout()
     assert len(updates) > 8 and np.memmap(path, layout, "r")["deter"].max() == updates[-2]

@@ -8,7 +8,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from conftest import checkpoint, only_run, reached, run_script, scalars, small, tiny
+from conftest import checkpoint, reached, scalars, small, train
 from recordings import DEVICE, GOLDEN, Recorded, close, draws, tensor
 from torch import nn
 
@@ -493,12 +493,11 @@ def test_the_planner_ranks_in_float32(monkeypatch):
 
 def test_it_trains_first_and_then_collects_whole_episodes(tmp_path, events):
     """One update more than `train_steps` before the first planned episode, `train_steps` before each later one."""
-    flags = "--env-id toy_envs:Bounds-v0 --seed-episodes 3 --train-steps 4 --batch-length 9 --total-timesteps 110"
+    flags = "--env-id toy_envs:Bounds-v0 --seed-episodes 3 --train-steps 4 --batch-length 9"
     seen = events(script)
-    run_script(script, *tiny(script), *flags.split(), cwd=tmp_path)
+    run = train(script, tmp_path, *flags.split(), frames=110)
     text = "".join(seen)
     assert re.fullmatch("r+u{5}fa+u{4}(afa+u{4})?afa+", text), text  # the action after an episode's end is not used
-    run = only_run(tmp_path)
     ends = [frame for frame, _ in scalars(run)["charts/episodic_length"]]
     assert text.index("u") == ends[2] + 2  # the seed episodes are whole; a record that resets is no frame
     assert checkpoint(run)["progress"][1] == 110
