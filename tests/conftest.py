@@ -19,6 +19,7 @@ import torch.nn.functional as F
 ROOT = Path(__file__).resolve().parents[1]
 TESTS = Path(__file__).resolve().parent
 sys.path[:0] = [str(ROOT), str(TESTS)]
+pytest.register_assert_rewrite("recordings")  # whose assertions then say what differs, as those of tests do
 torch.backends.cudnn.allow_tf32 = False  # parity is a matter of float32
 torch.set_num_threads(1)  # each of the processes that share the tests has a core
 
