@@ -27,11 +27,9 @@ class Case(Recorded):
         config = json.loads(str(golden["config_json"]))
         official = config["official"]
         self.gaussian = not config["classes"]
-        names = dict(
-            kl_scale="loss_scales.kl", kl_balance="kl.balance", free_nats="kl.free", actor_gradient="actor_grad"
-        )
+        names = dict(kl_scale="loss_scales.kl", kl_balance="kl.balance", free_nats="kl.free", lmbda="discount_lambda")
         names |= dict(predict_continue="pred_discount", continue_scale="loss_scales.discount", discount="discount")
-        names |= dict(lmbda="discount_lambda", actor_gradient_mix="actor_grad_mix", entropy_scale="actor_ent")
+        names |= dict(actor_gradient="actor_grad", actor_gradient_mix="actor_grad_mix", entropy_scale="actor_ent")
         names |= dict(model_rate="model_opt.lr", actor_rate="actor_opt.lr", critic_rate="critic_opt.lr")
         names |= dict(epsilon="model_opt.eps", weight_decay="model_opt.wd", clip="model_opt.clip")
         sizes = {name: config[name] for name in ("deter", "hidden", "stoch", "units", "depth")}

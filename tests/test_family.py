@@ -187,10 +187,8 @@ def test_parameter_counts(name, options, channels, action, total, counts):
     args = script.Args(**(script.PRESETS[options] if isinstance(options, str) else options))
     agent = script.Agent(args, {"image": gym.spaces.Box(0, 255, (64, 64, channels), np.uint8)}, action)
     count = lambda module: sum(p.numel() for p in module.parameters())  # noqa: E731
-    parts = dict(agent.world_model.named_children()) | dict(
-        getattr(agent, "behaviour", torch.nn.Module()).named_children()
-    )
-    assert {name: count(part) for name, part in parts.items()} == counts
+    modules = [agent.world_model, getattr(agent, "behaviour", torch.nn.Module())]
+    assert {name: count(part) for module in modules for name, part in module.named_children()} == counts
     assert count(agent.world_model) == total
 
 
