@@ -410,8 +410,8 @@ s.Agent.update = broken
 
 def test_a_disk_that_is_too_small_is_refused(world, refused, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: type("Usage", (), dict(free=10**5)))
-    line = refused(world, *TWO_IMAGES, "--total-timesteps", 10**5, *tiny(world))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: type("Usage", (), dict(free=10**4)))
+    line = refused(world, *TWO_IMAGES, "--total-timesteps", 60, *tiny(world))
     assert "GB" in line and not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
