@@ -14,10 +14,12 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 ROOT = Path(__file__).resolve().parents[1]
 TESTS = Path(__file__).resolve().parent
 sys.path[:0] = [str(ROOT), str(TESTS)]
+pytest.register_assert_rewrite("recordings")  # whose assertions then say what differs, as those of tests do
 torch.backends.cudnn.allow_tf32 = False  # parity is a matter of float32
 torch.set_num_threads(1)  # each of the processes that share the tests has a core
 
@@ -42,6 +44,7 @@ TINY = {
 PORTED = ("planet", "dreamer_v1", "dreamer_v2", "dreamer_v3")
 WORLDS = (*PORTED, "worldmodels_v1")  # which learn in any environment, and dream it with its own actions
 HOUSE = (*WORLDS, "genie")  # whose command line and run directories are the same
+SPACES = {"vector": gym.spaces.Box(-np.inf, np.inf, (3,)), "image": gym.spaces.Box(0, 255, (64, 64, 3), np.uint8)}
 QUIET = "--eval-every 0 --log-every 20 --no-cuda --no-compile --no-amp"  # no evaluation, frequent rows of metrics
 
 
@@ -81,6 +84,18 @@ def run_script(script, *args, cwd, code=0, timeout=120, patch=None, fresh=False,
         result = run_here(script, [str(arg) for arg in args], cwd)
     assert result.returncode == code, f"exit code {result.returncode}\n{result.stdout}\n{result.stderr}"
     return result
+
+
+def spawn(script, folder, *args, patch=None, **env):
+    """A script as a process, with a process group of its own."""
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    return subprocess.Popen(command(script, *args, patch=patch), cwd=folder, env=environment(**env), **pipes)
+
+
+def train(script, folder, *flags, frames=60, **options):
+    """A tiny run in this process, unless asked otherwise -> its directory."""
+    run_script(script, *tiny(script), "--total-timesteps", frames, *flags, cwd=folder, **options)
+    return only_run(folder)
 
 
 def run_here(script, args, cwd):
@@ -160,6 +175,42 @@ def agent_and_batch(script, args, spaces, action_space, folder, device="cpu"):
     return agent, data[0] if isinstance(data, tuple) else data  # and where it is, if latents are written back
 
 
+SMALL = {
+    "planet": dict(planning_horizon=3, candidates=6, iterations=2, elites=2),
+    "dreamer_v1": dict(imagination_horizon=4, predict_continue=True, free_nats=0.0),
+    "dreamer_v2": dict(imagination_horizon=4, classes=4),
+}
+
+
+def small(script, discrete=False, device="cpu", **options):
+    """A small agent that sees vectors, and a batch of two sequences of five steps, of which one ends."""
+    torch.manual_seed(0)
+    sizes = dict(deter=8, hidden=8, stoch=3, units=8, depth=1, batch_size=2, batch_length=5, compile=False, amp=False)
+    args = script.Args(**sizes | SMALL[script.__name__] | options)
+    space = gym.spaces.Discrete(3) if discrete else gym.spaces.Box(-1, 1, (2,))
+    agent = script.Agent(args, {"vector": gym.spaces.Box(-1, 1, (6,))}, space, device)
+    action = F.one_hot(torch.randint(3, (2, 5)), 3).float() if discrete else torch.rand(2, 5, 2) * 2 - 1
+    data = {"vector": torch.randn(2, 5, 6), "action": action, "reward": torch.randn(2, 5)}
+    data |= {name: torch.zeros(2, 5, dtype=torch.bool) for name in script.FLAGS}
+    data["is_first"][:, 0] = True
+    data["is_terminal"][0, -1] = True
+    return agent, {key: value.to(device) for key, value in data.items()}
+
+
+def reached(loss, module):
+    """Whether a loss gives the module's parameters a gradient."""
+    grads = torch.autograd.grad(loss, list(module.parameters()), allow_unused=True, retain_graph=True)
+    return any(grad is not None and grad.abs().max() > 0 for grad in grads)
+
+
+def all_losses(script, agent, data):
+    """Losses of world model and behaviour, and the statistics of what was imagined, by name."""
+    losses, deter, stoch, feat, _ = agent.world_model.loss(data, agent.start(data))
+    inputs = (deter, stoch) if script.__name__ == "dreamer_v1" else (data, deter, stoch, feat)
+    more, stats = agent.behaviour.loss(agent.world_model, *inputs)
+    return losses | more, stats
+
+
 @pytest.fixture
 def refused(capsys):
     """Calls a script's main in this process -> the one line with which it exits."""
@@ -172,6 +223,31 @@ def refused(capsys):
         return line
 
     return call
+
+
+@pytest.fixture
+def functions(request):
+    """Recorded functions of the authors' code, for a test file that says where they are."""
+    return np.load(request.module.FUNCTIONS)
+
+
+@pytest.fixture
+def events(monkeypatch):
+    """Notes what runs of a script do: r(andom action), a(ction of the agent), f (the first in an episode), u(pdate)."""
+
+    def watch(script):
+        seen = []
+        for letter, name in dict(r="random_action", a="act", u="update").items():
+            whole = getattr(script.Agent, name)
+
+            def noted(agent, *inputs, letter=letter, whole=whole):
+                seen.append("f" if letter == "a" and inputs[0]["is_first"].all() else letter)
+                return whole(agent, *inputs)
+
+            monkeypatch.setattr(script.Agent, name, noted)
+        return seen
+
+    return watch
 
 
 @pytest.fixture(params=PORTED)

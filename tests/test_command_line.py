@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT, command, environment, lines, only_run, run_script, tiny
+from conftest import ROOT, environment, lines, run_script, tiny, train
 
 
 def comments(ported):
@@ -136,8 +136,7 @@ def test_arguments_are_saved_and_come_back(ported, tmp_path, monkeypatch):
 def test_evaluate(world, env_id, tmp_path):
     """Scores a run without changing it; the same again gives the same; --capture-video leaves a film of one episode."""
     av = pytest.importorskip("av")
-    run_script(world, "--env-id", env_id, "--total-timesteps", 60, *tiny(world), cwd=tmp_path)
-    run = only_run(tmp_path)
+    run = train(world, tmp_path, "--env-id", env_id)
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
     flags = ["--evaluate", run, "--eval-episodes", 3]
     one, two = (run_script(world, *flags, *more, cwd=tmp_path).stdout for more in ([], ["--capture-video"]))
@@ -150,26 +149,21 @@ def test_evaluate(world, env_id, tmp_path):
 
 
 def test_an_evaluation_counts_each_episode_once(new_house, tmp_path):
-    flags = ["--env-id", "toy_envs:Vector-v0", "--env-kwargs", "trouble", "short", "--total-timesteps", 60]
-    run_script(new_house, *flags, *tiny(new_house), cwd=tmp_path)
-    args = new_house.parse_args(["--evaluate", str(only_run(tmp_path))])
+    run = train(new_house, tmp_path, "--env-id", "toy_envs:Vector-v0", "--env-kwargs", "trouble", "short")
+    args = new_house.parse_args(["--evaluate", str(run)])
     returns = new_house.evaluate(new_house.load_run(args, args.evaluate)[0], args, 0, tmp_path)["episodic_return"]
     assert len(set(returns)) > 3 and set(returns) <= {n * (n + 1) / 2 for n in range(5, 15)}
 
 
 def test_an_evaluation_of_what_does_not_end(ported, tmp_path):
-    flags = ["--env-id", "toy_envs:Vector-v0", "--total-timesteps", 60, *tiny(ported)]
-    run_script(ported, *flags, cwd=tmp_path)
+    run = train(ported, tmp_path, "--env-id", "toy_envs:Vector-v0")
     endless = ["--env-kwargs", "length", 10**9, "--action-repeat", 2000]
-    out = run_script(ported, "--evaluate", only_run(tmp_path), *endless, cwd=tmp_path).stdout
+    out = run_script(ported, "--evaluate", run, *endless, cwd=tmp_path).stdout
     assert f"{108_000 * 108_001 / 2:.2f} ± 0.00" in out
 
 
 @pytest.mark.slow
 def test_evaluations_and_films_during_training(ported, tmp_path):
-    flags = ["--env-id", "toy_envs:Image-v0", "--total-timesteps", 90, *tiny(ported), "--eval-every", 30]
-    process = subprocess.run(
-        command(ported, *flags, "--eval-episodes", 2, "--capture-video"), cwd=tmp_path, env=environment(), timeout=120
-    )
-    assert process.returncode == 0
-    assert len(list(only_run(tmp_path).rglob("videos/*/*.mp4"))) == 3
+    flags = ["--env-id", "toy_envs:Image-v0", "--eval-every", 30, "--eval-episodes", 2, "--capture-video"]
+    run = train(ported, tmp_path, *flags, frames=90, fresh=True)
+    assert len(list(run.rglob("videos/*/*.mp4"))) == 3

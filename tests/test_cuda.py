@@ -7,11 +7,10 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from conftest import agent_and_batch, checkpoint, metrics, only_run, run_script, tiny
+from conftest import SPACES, agent_and_batch, checkpoint, metrics, only_run, run_script, tiny
 from torch.utils._pytree import tree_map
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-SPACES = {"image": gym.spaces.Box(0, 255, (64, 64, 3), np.uint8), "vector": gym.spaces.Box(-np.inf, np.inf, (5,))}
 KINDS = {"plain": "--no-compile --no-amp", "compiled": "--compile --amp"}
 GPU = ("--no-cuda", "--no-compile", "--no-amp")  # what the tiny runs switch off
 

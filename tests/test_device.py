@@ -9,10 +9,8 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from conftest import checkpoint, metrics, only_run, run_script, tiny
+from conftest import SPACES, checkpoint, metrics, tiny, train
 from torch.utils._pytree import tree_map
-
-SPACES = {"image": gym.spaces.Box(0, 255, (64, 64, 3), np.uint8), "vector": gym.spaces.Box(-np.inf, np.inf, (5,))}
 
 
 @pytest.fixture(autouse=True)
@@ -80,13 +78,10 @@ def copied(move):
 
 
 def test_a_run_is_the_same_where_graphs_overwrite_their_outputs(ported, monkeypatch, tmp_path):
-    flags = [*tiny(ported), "--env-id", "toy_envs:Image-v0", "--num-envs", 2, "--total-timesteps", 120]
-    flags += ["--eval-every", 60, "--eval-episodes", 2]
-    runs = []
+    flags, runs = "--env-id toy_envs:Image-v0 --num-envs 2 --eval-every 60 --eval-episodes 2".split(), []
     for name in ("plain", "in_place"):
         (tmp_path / name).mkdir()
-        run_script(ported, *flags, cwd=tmp_path / name)
-        runs.append(only_run(tmp_path / name))
+        runs.append(train(ported, tmp_path / name, *flags, frames=120))
         monkeypatch.setattr(ported, "Graph", InPlace)
         for name in ("cpu", "to"):  # a copy, as from a GPU
             monkeypatch.setattr(torch.Tensor, name, copied(getattr(torch.Tensor, name)))

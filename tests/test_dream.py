@@ -4,7 +4,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from conftest import agent_and_batch, metrics, only_run, run_script, tiny
+from conftest import agent_and_batch, scalars, tiny, train
 from gymnasium.utils.env_checker import check_env
 
 
@@ -81,6 +81,5 @@ def test_open_loop_sees_only_the_context(ported, tmp_path):
 
 
 def test_sequences_too_short_for_a_video(ported, tmp_path):
-    flags = ["--env-id", "toy_envs:Image-v0", *tiny(ported), "--batch-length", 5, "--eval-every", 50]
-    run_script(ported, *flags, "--total-timesteps", 100, cwd=tmp_path)
-    assert any(key == "eval/episodic_return" for _, key, _ in metrics(only_run(tmp_path)))
+    flags = "--env-id toy_envs:Image-v0 --batch-length 5 --eval-every 50".split()
+    assert "eval/episodic_return" in scalars(train(ported, tmp_path, *flags, frames=100))

@@ -20,7 +20,7 @@ from conftest import ROOT, checkpoint, environment, lines, metrics, only_run, ru
 from gymnasium.utils.env_checker import check_env
 from PIL import Image
 from test_runs import same
-from test_shapes import commented, watch
+from test_shapes import check
 
 import genie as s
 from environments.pond import Pond
@@ -198,9 +198,7 @@ def test_shape_comments():
         agent.update(1, video)
         agent.show(agent.infer(video)[0])
 
-    checked, wrong = watch(s, commented(ROOT / "genie.py"), sizes, run)
-    assert not wrong, "\n".join(wrong)
-    assert len(checked) >= 20
+    check(s, sizes, run, least=20)
 
 
 def test_dead_codes_restart_where_the_encoder_is():

@@ -1,55 +1,24 @@
 """planet.py against recorded outputs of the authors' code (tests/golden/planet/README.md), and its maths."""
 
 import ast
-import contextlib
-import os
 import re
-from pathlib import Path
+from functools import partial
 
 import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from conftest import checkpoint, only_run, run_script, scalars, tiny
+from conftest import checkpoint, reached, scalars, small, train
+from recordings import DEVICE, GOLDEN, Recorded, close, draws, tensor
 from torch import nn
 
 import planet as script
 
-GOLDEN = Path(os.environ.get("GOLDEN_DIR", Path(__file__).parent / "golden"))
 FILES = sorted(GOLDEN.rglob("golden_planet*.npz"))
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+PIXELS = {"image": gym.spaces.Box(0, 255, (64, 64, 3), np.uint8)}
 PLAIN = dict(compile=False, amp=False)
+small = partial(small, script, device=DEVICE)
 KINDS = {"rssm": {}, "rssm_det": dict(dynamics="rnn"), "ssm": dict(dynamics="ssm"), "rssm_elu": dict(activation="elu")}
-
-
-def close(mine, golden, rtol=1e-4, atol=1e-5):
-    mine = mine.detach().cpu().numpy() if isinstance(mine, torch.Tensor) else np.asarray(mine)
-    golden = np.asarray(golden)
-    assert mine.shape == golden.shape, (mine.shape, golden.shape)
-    np.testing.assert_allclose(mine, golden, rtol=rtol, atol=atol * max(1.0, float(np.abs(golden).max())))
-
-
-def tensor(array):
-    array = torch.as_tensor(np.asarray(array), device=DEVICE)
-    return array.float() if array.dtype == torch.float64 else array
-
-
-@contextlib.contextmanager
-def draws(**queues):
-    """Puts recorded numbers in the place of random ones: name of PyTorch's function -> tensors in order."""
-    queues = {name: list(tensors) for name, tensors in queues.items()}
-
-    def take(name, like, **options):
-        assert queues[name], "more was drawn than was recorded"
-        shape = like.shape if isinstance(like, torch.Tensor) else like
-        assert queues[name][0].shape == torch.Size(shape), "another order than was recorded"
-        return queues[name].pop(0)
-
-    with pytest.MonkeyPatch.context() as patch:
-        for name in queues:
-            patch.setattr(torch, name, lambda like, name=name, **options: take(name, like, **options))
-        yield
-    assert not any(queues.values()), "something that was recorded was not drawn"
 
 
 class GivenEncoder(nn.Module):
@@ -74,8 +43,8 @@ class VectorDecoder(nn.Module):
         return {"vector": self.head(feat[..., -self.feat_dim :])}
 
 
-class Case:
-    """A recorded model: an agent with its sizes and weights, and its batch."""
+class Case(Recorded):
+    """A recorded model, and its batch."""
 
     def __init__(self, path, kind, **options):
         self.golden, self.kind = np.load(path), kind
@@ -141,20 +110,16 @@ class Case:
         if name == "rssm.gates.bias" and prefix == "param":  # the gates' offset of 1 stands in our formula
             array = array - 1
         if kind == "feat" and self.kind != "ssm":  # features: sample first there, deter first here
-            array = np.concatenate([array[self.args.stoch :], array[: self.args.stoch]])
+            array = self.feat(array.T).T
         return tensor(array if kind == "same" else array.T)
 
-    def gradients(self, loss):
-        named = dict(self.model.named_parameters())
-        grads = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
-        zero = [torch.zeros_like(p) if g is None else g for p, g in zip(named.values(), grads, strict=True)]
-        return dict(zip(named, zero, strict=True))
-
-    def check_gradients(self, grads, prefix):
-        for name, grad in grads.items():
-            theirs = self.parameter(prefix, name).cpu()
+    def check_gradients(self, loss, prefix):
+        parameters = dict(self.model.named_parameters())
+        grads = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
+        for (name, parameter), grad in zip(parameters.items(), grads, strict=True):
+            mine, theirs = torch.zeros_like(parameter) if grad is None else grad, self.parameter(prefix, name).cpu()
             scale = max(float(theirs.abs().max()), 1e-3)
-            np.testing.assert_allclose(grad.cpu(), theirs, rtol=1e-3, atol=1e-4 * scale, err_msg=name)
+            np.testing.assert_allclose(mine.cpu(), theirs, rtol=1e-3, atol=1e-4 * scale, err_msg=name)
 
 
 def stats(golden, prefix):
@@ -178,10 +143,6 @@ def case(request):
 @pytest.fixture(params=FILES, ids=lambda path: path.stem)
 def path(request):
     return request.param
-
-
-def test_golden_data_is_there():
-    assert FILES, GOLDEN
 
 
 def test_parity_world_model(case):
@@ -208,7 +169,7 @@ def test_parity_world_model(case):
     with draws(randn_like=case.noise):
         total = objective(case.agent, data)
     close(total, golden[f"{kind}/out/total_loss"])
-    case.check_gradients(case.gradients(total), "grad")
+    case.check_gradients(total, "grad")
 
 
 def test_parity_overshooting(path):
@@ -223,7 +184,7 @@ def test_parity_overshooting(path):
     close(kl, golden["rssm/os/kl_cols_1_to_Dm1"])
     loss = (kl - args.free_nats).clamp(min=0).mean()
     close(loss, golden["rssm/os/loss_masked_mean"])
-    case.check_gradients(case.gradients(loss), "os/grad")
+    case.check_gradients(loss, "os/grad")
     case = Case(path, "rssm", overshooting_distance=distance)
     with draws(randn_like=[*case.noise, *noise]):
         losses, _ = case.model.loss(data, case.start)
@@ -334,34 +295,12 @@ def test_parity_adam(path):
             close(parameter, golden[f"adam/out/p{i}_after{step}"], rtol=1e-6, atol=1e-7)
 
 
-def pixel_agent(**options):
-    spaces = {"image": gym.spaces.Box(0, 255, (64, 64, 3), np.uint8)}
-    return script.Agent(script.Args(**PLAIN, **options), spaces, gym.spaces.Box(-1, 1, (6,)), DEVICE)
-
-
-@pytest.mark.parametrize(
-    "dynamics, counts",
-    [
-        ("rssm", dict(encoder=690_144, rssm=557_320, decoder=3_795_555, reward_head=250_201)),
-        ("rnn", dict(encoder=690_144, rssm=557_320, decoder=3_795_555, reward_head=250_201)),
-        ("ssm", dict(encoder=690_144, rssm=19_460 + 229_060, decoder=3_795_555 - 200 * 1024, reward_head=190_201)),
-    ],
-)
-def test_parameter_counts(dynamics, counts):
-    """Those of the authors' code; without a recurrent state, the heads see 200 numbers less."""
-    model = pixel_agent(dynamics=dynamics).world_model
-    sizes = {name: sum(p.numel() for p in getattr(model, name).parameters()) for name in counts}
-    assert sizes == counts
-    assert dynamics == "ssm" or sum(p.numel() for p in model.parameters()) == 5_293_220
-
-
 def test_parity_full_size(path):
     """The recorded network has our parameters; its losses follow from its outputs as ours do."""
     golden = np.load(path)
     recorded = [tuple(map(int, shape.split(","))) for shape in golden["full/param_shapes"]]
     actions = golden["full/in/action"].shape[-1]
-    spaces = {"image": gym.spaces.Box(0, 255, (64, 64, 3), np.uint8)}
-    agent = script.Agent(script.Args(**PLAIN), spaces, gym.spaces.Box(-1, 1, (actions,)), DEVICE)
+    agent = script.Agent(script.Args(**PLAIN), PIXELS, gym.spaces.Box(-1, 1, (actions,)), DEVICE)
     size = sum(parameter.numel() for parameter in agent.parameters())
     assert size == sum(int(np.prod(shape)) for shape in recorded)
     read = lambda name: tensor(golden[f"full/{name}"])  # noqa: E731
@@ -422,7 +361,7 @@ def test_random_shooting_takes_the_best_candidate(monkeypatch):
 
 
 def test_discrete_actions_are_planned(monkeypatch):
-    agent = small(discrete=True, candidates=100, elites=10, iterations=5)[0]
+    agent = small(True, candidates=100, elites=10, iterations=5)[0]
     wanted = torch.tensor([2, 0], device=DEVICE)
 
     def evaluate(model, state, action):
@@ -467,27 +406,6 @@ def test_acting_disturbs_the_plan_in_training_only(monkeypatch):
 
 # Model and objective
 
-SMALL = dict(deter=8, hidden=8, stoch=3, units=8, depth=1, planning_horizon=3, candidates=6, iterations=2, elites=2)
-
-
-def small(discrete=False, **options):
-    """A small agent that sees vectors, and a batch."""
-    torch.manual_seed(0)
-    args = script.Args(**PLAIN | dict(batch_size=2, batch_length=5) | SMALL | options)
-    space = gym.spaces.Discrete(3) if discrete else gym.spaces.Box(-1, 1, (2,))
-    agent = script.Agent(args, {"vector": gym.spaces.Box(-1, 1, (6,))}, space, DEVICE)
-    B, T = args.batch_size, args.batch_length
-    data = {"vector": torch.randn(B, T, 6), "action": torch.rand(B, T, agent.action_dim), "reward": torch.randn(B, T)}
-    data["is_first"] = torch.arange(T).expand(B, T) == 0
-    return agent, {key: value.to(DEVICE) for key, value in data.items()}
-
-
-def reached(loss, module):
-    """Parameters of the module that a loss gives a gradient."""
-    named = dict(module.named_parameters())
-    grads = torch.autograd.grad(loss, list(named.values()), allow_unused=True, retain_graph=True)
-    return {name for name, grad in zip(named, grads, strict=True) if grad is not None and grad.abs().max() > 0}
-
 
 def test_free_nats_apply_to_each_step():
     agent, data = small()
@@ -503,16 +421,7 @@ def test_free_nats_apply_to_each_step():
             losses, _ = model.loss(data, agent.start(data))
         each = script.kl_gaussian(post, model.rssm.prior(deter)) - free_nats
         close(losses["kl_loss"], each.clamp(min=0).detach().cpu())
-        assert bool(reached(losses["kl_loss"].mean(), model)) == (free_nats < 1e3)
-
-
-def test_the_prior_of_the_deterministic_model_is_not_trained():
-    for dynamics, trained in (("rssm", True), ("ssm", True), ("rnn", False)):
-        agent, data = small(dynamics=dynamics, free_nats=0.0, overshooting_distance=0)
-        before = [p.clone() for p in agent.world_model.rssm.prior_net.parameters()]
-        agent.update(data)
-        after = agent.world_model.rssm.prior_net.parameters()
-        assert any(not torch.equal(a, b) for a, b in zip(before, after, strict=True)) == trained, dynamics
+        assert reached(losses["kl_loss"].mean(), model) == (free_nats < 1e3)
 
 
 @pytest.mark.parametrize("dynamics", ["rssm", "ssm"])
@@ -548,7 +457,7 @@ def test_images_are_reduced_and_dithered(monkeypatch):
     assert script.postprocess(x, 5).tolist() == [value // 8 * 8 for value in range(256)]
     assert (script.postprocess(script.preprocess(image, 8), 8) == image).all()
     assert script.preprocess(x, 5) is x
-    agent = pixel_agent(depth=1, candidates=4, iterations=1, elites=1, planning_horizon=2)
+    agent = script.Agent(script.Args(**PLAIN, depth=1), PIXELS, gym.spaces.Box(-1, 1, (6,)), DEVICE)
     data = {"image": image.view(1, 1, 16, 16, 1).expand(1, 4, 16, 16, 3).repeat(1, 1, 4, 4, 1).to(DEVICE)}
     data |= {"action": torch.zeros(1, 4, 6, device=DEVICE), "reward": torch.zeros(1, 4, device=DEVICE)}
     data["is_first"] = torch.zeros(1, 4, dtype=torch.bool, device=DEVICE)
@@ -560,23 +469,6 @@ def test_images_are_reduced_and_dithered(monkeypatch):
         agent.world_model.loss(data, agent.start(data))
     (one, target, _), (two, _, _) = seen[:3], seen[3:]
     assert one is target and not torch.equal(one, two) and (one - two).abs().max() < 1 / 32
-
-
-ABLATIONS = [{}, dict(dynamics="ssm"), dict(dynamics="rnn"), dict(activation="elu"), dict(overshooting_distance=4)]
-
-
-@pytest.mark.parametrize("option", ABLATIONS, ids=str)
-@pytest.mark.parametrize("discrete", [True, False])
-def test_ablations_learn(option, discrete):
-    agent, data = small(discrete, model_rate=1e-2, **option)
-    metrics = []
-    for _ in range(30):
-        torch.manual_seed(0)
-        metrics.append(agent.update(data))
-    assert all(value.isfinite() for step in metrics for value in step.values())
-    assert ("losses/overshooting_loss" in metrics[0]) == ("overshooting_distance" in option)
-    for key in ("losses/recon_loss_vector", "losses/reward_loss"):
-        assert metrics[-1][key] < metrics[0][key]
 
 
 def test_the_activation_is_that_of_the_rssm_and_the_reward_head():
@@ -599,45 +491,16 @@ def test_the_planner_ranks_in_float32(monkeypatch):
 # Replay and schedule
 
 
-def test_sequences_never_cross_an_episode_s_end(tmp_path):
-    dtype = np.dtype([("number", "i8"), ("is_first", "?"), ("is_last", "?")])
-    replay = script.Replay(f"{tmp_path}/0", dtype, 1, 1000, 5)
-    for steps, whole in ((5, True), (4, True), (21, True), (9, False)):  # one is too short, and one is not over
-        for i in range(steps):
-            last = whole and i == steps - 1
-            replay.add({k: np.array([v]) for k, v in dict(number=replay.count, is_first=i == 0, is_last=last).items()})
-    assert len(replay) == 1 + 17
-    number = replay.sample(4000, np.random.default_rng(0), torch.device("cpu"))["number"]
-    assert torch.equal(number, number[:, :1] + torch.arange(5))
-    starts = number[:, 0].numpy()
-    assert set(starts) == {0, *range(9, 26)}  # first and last steps of the episodes too
-    assert np.mean(starts < 9) == pytest.approx(0.5, abs=0.03)  # episodes are drawn, then steps
-
-
-def test_it_trains_first_and_then_collects_whole_episodes(tmp_path, monkeypatch):
+def test_it_trains_first_and_then_collects_whole_episodes(tmp_path, events):
     """One update more than `train_steps` before the first planned episode, `train_steps` before each later one."""
-    events, original = [], (script.Agent.act, script.Agent.update, script.Agent.random_action)
-
-    def act(agent, obs, carry, training=True):
-        events.append("first" if obs["is_first"].all() else "act")
-        return original[0](agent, obs, carry, training)
-
-    monkeypatch.setattr(script.Agent, "act", act)
-    monkeypatch.setattr(script.Agent, "update", lambda *x: events.append("update") or original[1](*x))
-    monkeypatch.setattr(script.Agent, "random_action", lambda *x: events.append("random") or original[2](*x))
-    flags = "--env-id toy_envs:Bounds-v0 --seed-episodes 3 --train-steps 4 --batch-length 9 --total-timesteps 110"
-    run_script(script, *tiny(script), *flags.split(), cwd=tmp_path)
-    text = "".join({"random": "r", "update": "u", "first": "f", "act": "a"}[event] for event in events)
+    flags = "--env-id toy_envs:Bounds-v0 --seed-episodes 3 --train-steps 4 --batch-length 9"
+    seen = events(script)
+    run = train(script, tmp_path, *flags.split(), frames=110)
+    text = "".join(seen)
     assert re.fullmatch("r+u{5}fa+u{4}(afa+u{4})?afa+", text), text  # the action after an episode's end is not used
-    run = only_run(tmp_path)
     ends = [frame for frame, _ in scalars(run)["charts/episodic_length"]]
     assert text.index("u") == ends[2] + 2  # the seed episodes are whole; a record that resets is no frame
     assert checkpoint(run)["progress"][1] == 110
-
-
-def test_a_run_without_an_update_says_why(tmp_path):
-    flags = "--env-id toy_envs:Vector-v0 --batch-length 100 --total-timesteps 300"
-    assert "no update" in run_script(script, *tiny(script), *flags.split(), cwd=tmp_path).stdout
 
 
 REPEATS = [("cartpole-swingup", 8), ("cup-catch", 4), ("ball_in_cup-catch", 4), ("walker-walk", 2), ("fish-swim", 2)]

@@ -14,7 +14,7 @@ import gymnasium as gym
 import imageio.v3 as iio
 import numpy as np
 import pytest
-from conftest import ROOT, environment, lines, only_run, run_script, tiny
+from conftest import ROOT, environment, lines, train
 
 import dreamer_v3
 import play
@@ -114,8 +114,8 @@ def test_what_is_no_start_for_a_dream_gets_one_line(run, prompt, word):
 
 
 def test_the_video(run, tmp_path):
-    run_script(dreamer_v3, "--env-id", "toy_envs:Image-v0", "--total-timesteps", 60, *tiny(dreamer_v3), cwd=tmp_path)
-    for path, size in (only_run(tmp_path), (256, 512, 3)), (run, (280, 2800, 3)):
+    trained = train(dreamer_v3, tmp_path, "--env-id", "toy_envs:Image-v0")
+    for path, size in (trained, (256, 512, 3)), (run, (280, 2800, 3)):
         out, err = start(path, "--video").communicate(timeout=120)
         assert not lines(err) and out.endswith("videos/dream.mp4\n"), err
         video = iio.imread(path / "videos/dream.mp4")

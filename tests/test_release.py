@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, WORLDS, only_run, run_script, tiny
+from conftest import ROOT, WORLDS, train
 
 sys.path.append(str(ROOT / "benchmarks"))
 import release
@@ -32,9 +32,7 @@ def dream_errors(script, folder):
 @pytest.mark.parametrize("name", WORLDS)
 def test_a_released_run_is_evaluated_and_played(name, tmp_path, monkeypatch, capsys):
     script = importlib.import_module(name)
-    flags = ["--env-id", "CartPole-v1", "--total-timesteps", 60, *tiny(script)]
-    run_script(script, *flags, cwd=tmp_path)
-    run, small = only_run(tmp_path), tmp_path / "small"
+    run, small = train(script, tmp_path, "--env-id", "CartPole-v1"), tmp_path / "small"
     monkeypatch.setattr(sys, "argv", ["release.py", str(run), str(small)])
     release.main()
     files = {"args.json", "checkpoint.pt", "metrics.csv"} & {path.name for path in run.iterdir()}

@@ -1,6 +1,7 @@
 """Replay against lists: what is sampled is what was added, evenly, once fresh, over restarts; memory stays flat."""
 
 import collections
+import importlib
 import itertools
 import os
 import subprocess
@@ -170,6 +171,41 @@ def test_a_longer_run_goes_on_with_what_is_held(windows, tmp_path, wrapped):
     for _ in range(100):
         compare(lists, replay, rng)
         fill(lists, replay, 1, rng)
+
+
+def add_episode(replay, steps, whole=True):
+    """One whose steps hold their own number; it is over if it is whole."""
+    for i in range(steps):
+        step = {"number": replay.count, "is_first": i == 0, "is_last": whole and i == steps - 1, "is_terminal": False}
+        replay.add({key: np.array([value]) for key, value in step.items()})
+
+
+def a_replay(script, folder, lengths, capacity=1000, **options):
+    """One stream of episodes of these lengths, the last one not over."""
+    dtype = np.dtype([("number", "i8"), *((key, "?") for key in script.FLAGS)])
+    replay = script.Replay(f"{folder}/0", dtype, 1, capacity, 5, **options)
+    for number, steps in enumerate(lengths, 1):
+        add_episode(replay, steps, number < len(lengths))
+    return replay
+
+
+def drawn(replay, count):
+    """First steps of sequences."""
+    return replay.sample(count, np.random.default_rng(0), CPU)["number"][:, 0].numpy()
+
+
+@pytest.mark.parametrize("name", ["planet", "dreamer_v1", "dreamer_v2"])
+def test_complete_episodes_are_drawn_equally_often_then_their_sequences(name, tmp_path):
+    """Dreamer's sequences are shorter than their episode. Of the others one is too short, and one is not complete."""
+    replay = a_replay(importlib.import_module(name), tmp_path, [6, 5, 3, 20, 9])
+    episodes = [range(0, 2), range(6, 7), range(14, 30)] if name == "planet" else [range(0, 2), range(14, 30)]
+    starts = drawn(replay, 4000)
+    assert len(replay) == sum(map(len, episodes)) and set(starts) == set(itertools.chain(*episodes))
+    for episode in episodes:
+        assert np.isin(starts, episode).mean() == pytest.approx(1 / len(episodes), abs=0.03)
+    data = replay.sample(20, np.random.default_rng(0), CPU)
+    assert (data["number"] == data["number"][:, :1] + torch.arange(5)).all()
+    assert (data["is_first"] == (torch.arange(5) == 0)).all()
 
 
 def held(folder):

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from conftest import (
     PORTED,
     ROOT,
+    SPACES,
     agent_and_batch,
     checkpoint,
     command,
@@ -28,7 +29,9 @@ from conftest import (
     only_run,
     run_script,
     scalars,
+    spawn,
     tiny,
+    train,
 )
 
 slow = pytest.mark.slow
@@ -44,12 +47,6 @@ def progress(run):
 
 def frames(run):
     return progress(run)[0]
-
-
-def train(script, folder, *flags, frames=60, **options):
-    """A tiny run in this process, unless asked otherwise -> its directory."""
-    run_script(script, *flags, "--total-timesteps", frames, *tiny(script), cwd=folder, **options)
-    return only_run(folder)
 
 
 def go_on(script, run, more=40, *flags):
@@ -82,9 +79,7 @@ def wait_for(what, process=None, seconds=60):
 
 def start(script, folder, *flags, patch=None):
     """A run in a process group of its own, once it has learnt and saved."""
-    flags = [*flags, "--replay-size", 200, *tiny(script), "--save-every", 20]
-    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
-    process = subprocess.Popen(command(script, *flags, patch=patch), cwd=folder, env=environment(), **pipes)
+    process = spawn(script, folder, *flags, "--replay-size", 200, *tiny(script), "--save-every", 20, patch=patch)
     wait_for(lambda: [*folder.glob("runs/*/checkpoint.pt")] and progress(only_run(folder))[1], process)
     return process
 
@@ -293,10 +288,7 @@ def test_a_signal_saves_and_says_how_to_resume(new_house, flags, number, group, 
     out, err = process.communicate(timeout=60)
     assert process.returncode == 128 + number, err
     assert "Traceback" not in err
-    assert (
-        f"--resume runs/{run.name}" in [*out.splitlines(), *lines(err)][-1]
-        or f"--resume runs/{run.name}" in out.splitlines()[-1]
-    )
+    assert any(f"--resume runs/{run.name}" in told[-1] for told in (out.splitlines(), lines(err)) if told)
     assert frames(run) >= before
     wait_for(lambda: subprocess.run(["pgrep", "-s", str(process.pid)], capture_output=True).returncode, seconds=20)
     go_on(new_house, run)
@@ -313,9 +305,7 @@ def evaluate(*args, **kwargs):
 s.evaluate = evaluate
 """
     flags = ["--env-id", "toy_envs:Hang-v0", *tiny(new_house), "--eval-every", 50, "--eval-episodes", 1]
-    flags = command(new_house, *flags, "--total-timesteps", 1000, patch=patch)
-    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    process = subprocess.Popen(flags, cwd=tmp_path, env=environment(), **pipes)
+    process = spawn(new_house, tmp_path, *flags, "--total-timesteps", 1000, patch=patch)
     wait_for((tmp_path / "go").exists, process)
     time.sleep(1)
     process.send_signal(signal.SIGINT)
@@ -336,17 +326,15 @@ def test_an_evaluation_that_was_stopped_is_no_result(new_house, tmp_path, monkey
         return whole(*args)
 
     monkeypatch.setattr(new_house, "evaluate", stopped)
-    flags = [*TOY, *tiny(new_house), "--eval-every", 50, "--total-timesteps", 1000]
-    run_script(new_house, *flags, cwd=tmp_path, code=128 + signal.SIGTERM)
-    assert metrics(only_run(tmp_path)) and not any(key.startswith("eval/") for _, key, _ in metrics(only_run(tmp_path)))
+    run = train(new_house, tmp_path, *TOY, "--eval-every", 50, frames=1000, code=128 + signal.SIGTERM)
+    assert metrics(run) and not any(key.startswith("eval/") for _, key, _ in metrics(run))
 
 
 @pytest.mark.parametrize("kind", ["", "Image"])
 def test_success_and_what_an_environment_logs(ported, kind, tmp_path):
     """The largest of each episode, beside its return; the success of evaluations too."""
-    flags = ["--env-id", f"toy_envs:Success{kind}-v0", "--num-envs", 2, *tiny(ported), "--eval-every", 60]
-    run_script(ported, *flags, "--total-timesteps", 80, cwd=tmp_path)
-    rows = metrics(only_run(tmp_path))
+    flags = ["--env-id", f"toy_envs:Success{kind}-v0", "--num-envs", 2, "--eval-every", 60]
+    rows = metrics(train(ported, tmp_path, *flags, frames=80))
     seen = {key: {value for _, name, value in rows if name == key} for _, key, _ in rows}
     assert seen["charts/success"] == seen["eval/success"] == {1.0}
     assert (seen["charts/steps/taken"], seen["charts/low"]) == ({20.0}, {-1.0})
@@ -354,9 +342,8 @@ def test_success_and_what_an_environment_logs(ported, kind, tmp_path):
 
 
 def test_lengths_are_frames(ported, tmp_path):
-    flags = ["--env-id", "toy_envs:Vector-v0", "--action-repeat", 2, *tiny(ported), "--total-timesteps", 120]
-    run_script(ported, *flags, cwd=tmp_path)
-    assert {length for _, length in scalars(only_run(tmp_path))["charts/episodic_length"]} == {20.0}
+    run = train(ported, tmp_path, *TOY, "--action-repeat", 2, frames=120)
+    assert {length for _, length in scalars(run)["charts/episodic_length"]} == {20.0}
 
 
 # Trouble
@@ -421,10 +408,10 @@ s.Agent.update = broken
     go_on(new_house, run, 100)
 
 
-def test_a_disk_that_is_too_small_is_refused(new_house, refused, tmp_path, monkeypatch):
+def test_a_disk_that_is_too_small_is_refused(world, refused, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: type("Usage", (), dict(free=10**6)))
-    line = refused(new_house, *TOY, "--total-timesteps", 10**5, *tiny(new_house))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: type("Usage", (), dict(free=10**4)))
+    line = refused(world, *TWO_IMAGES, "--total-timesteps", 60, *tiny(world))
     assert "GB" in line and not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
@@ -443,9 +430,8 @@ def test_evaluation_uses_seeds_that_training_never_saw(new_house, tmp_path, monk
 
     monkeypatch.setattr(gym.vector.SyncVectorEnv, "reset", watched)
     monkeypatch.setattr(new_house, "evaluate", evaluated)
-    flags = [*TOY, "--num-envs", 3, *tiny(new_house), "--eval-every", 30, "--eval-episodes", 4]
-    run_script(new_house, *flags, "--total-timesteps", 90, cwd=tmp_path)
-    go_on(new_house, only_run(tmp_path), 60)
+    flags = [*TOY, "--num-envs", 3, "--eval-every", 30, "--eval-episodes", 4]
+    go_on(new_house, train(new_house, tmp_path, *flags, frames=90), 60)
     assert len(seeds[False]) == 6 and len(seeds[True]) == 20
     assert len(set(seeds[True] + seeds[False])) == 26
 
@@ -454,7 +440,6 @@ def test_evaluation_uses_seeds_that_training_never_saw(new_house, tmp_path, monk
 
 
 PARALLEL = [name for name in PORTED if name in ("dreamer_v3", "genie")]
-SPACES = {"vector": gym.spaces.Box(-np.inf, np.inf, (3,)), "image": gym.spaces.Box(0, 255, (64, 64, 3), np.uint8)}
 
 
 def updates(rank, world, name, folder):
@@ -497,9 +482,8 @@ def test_torchrun_trains_stops_and_resumes(ported, tmp_path):
     def launch(*args):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
-            env = environment(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free.getsockname()[1]), WORLD_SIZE="2")
-        pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path)
-        return [subprocess.Popen(command(ported, *args), env=env | {"RANK": str(rank)}, **pipes) for rank in (0, 1)]
+            env = dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free.getsockname()[1]), WORLD_SIZE="2")
+        return [spawn(ported, tmp_path, *args, **env, RANK=str(rank)) for rank in (0, 1)]
 
     def end(processes):
         results = [process.communicate(timeout=120) for process in processes]

@@ -4,32 +4,27 @@ import ast
 import importlib
 import re
 import sys
+from pathlib import Path
 
 import gymnasium as gym
-import numpy as np
 import pytest
 import torch
-from conftest import PORTED, ROOT, agent_and_batch
+from conftest import PORTED, SPACES, agent_and_batch
 
 FLAGS = {
-    "planet": "--batch-size 3 --batch-length 5 --planning-horizon 7 --candidates 13 --iterations 4 --elites 6 "
-    "--deter 24 --stoch 10 --units 16 --hidden 17 --depth 1 --overshooting-distance 4",
-    "dreamer_v1": "--batch-size 3 --batch-length 5 --imagination-horizon 7 --deter 24 --stoch 10 --units 16 "
-    "--hidden 17 --depth 1",
-    "dreamer_v2": "--batch-size 3 --batch-length 5 --imagination-horizon 7 --deter 24 --stoch 10 --classes 11 "
-    "--units 16 --hidden 17 --depth 1",
-    "dreamer_v3": "--batch-size 3 --batch-length 5 --imagination-horizon 7 --deter 24 --blocks 6 "
-    "--decoder-blocks 4 --stoch 10 --classes 11 --bins 13 --units 16 --hidden 17 --depth 1",
+    "planet": "--planning-horizon 7 --candidates 13 --iterations 4 --elites 6 --overshooting-distance 4",
+    "dreamer_v1": "--imagination-horizon 7",
+    "dreamer_v2": "--imagination-horizon 7 --classes 11",
+    "dreamer_v3": "--imagination-horizon 7 --classes 11 --blocks 6 --decoder-blocks 4 --bins 13",
 }
+SIZES = "--batch-size 3 --batch-length 5 --deter 24 --stoch 10 --units 16 --hidden 17 --depth 1"
 SYMBOLS = {
     "planet": dict(B=3, T=5, H=7, D=24, S=10, E=48, F=34, N=8, J=13, M=104, K=6),
     "dreamer_v1": dict(B=3, T=5, L=6, H=7, N=15, D=24, S=10, E=48, F=34),
     "dreamer_v2": dict(B=3, T=5, L=6, H=7, P=8, N=15, D=24, S=10, K=11, E=48, F=134),
     "dreamer_v3": dict(B=3, T=5, L=4, H=7, P=8, N=15, D=24, G=6, S=10, K=11, X=13, E=80, F=134),
 }
-LEAST = 15  # comments that must have been checked
 COMMENT = re.compile(r"#.*?\((\w[\w ]*(?:, [\w ]+)*,?)\)\s*$")
-SPACES = {"vector": gym.spaces.Box(-np.inf, np.inf, (3,)), "image": gym.spaces.Box(0, 255, (64, 64, 3), np.uint8)}
 
 
 def commented(path):
@@ -89,16 +84,24 @@ def watch(script, found, sizes, function):
     return checked, wrong
 
 
+def check(script, sizes, function, least=15):
+    """Runs a function of a script: at least so many comments are reached, and all of these are right."""
+    found = commented(Path(script.__file__))
+    unknown = {d for _, dims in found.values() for dim in dims for d in dim.split(" or ")} - sizes.keys()
+    assert all(re.fullmatch(r"\d+|\d+ \w", symbol) for symbol in unknown), unknown
+    sizes = sizes | {symbol: int(symbol[:-2]) * sizes[symbol[-1]] for symbol in unknown if " " in symbol}
+    checked, wrong = watch(script, found, sizes, function)
+    assert not wrong, "\n".join(wrong)
+    assert len(checked) >= least, f"only {len(checked)} of {len(found)} were reached"
+
+
 @pytest.mark.parametrize("action_space", [gym.spaces.Box(-1, 1, (2,)), gym.spaces.Discrete(9)], ids=["Box", "Discrete"])
 @pytest.mark.parametrize("name", PORTED)
 def test_shape_comments(name, action_space, tmp_path):
     script = importlib.import_module(name)
     sizes = SYMBOLS[name] | {"A": action_space.n if isinstance(action_space, gym.spaces.Discrete) else 2}
     assert len(set(sizes.values())) == len(sizes), "sizes that cannot be told apart"
-    found = commented(ROOT / f"{name}.py")
-    unknown = {d for _, dims in found.values() for dim in dims for d in dim.split(" or ")} - sizes.keys()
-    assert all(symbol.isdigit() for symbol in unknown), unknown
-    args = script.parse_args(["--env-id", "CartPole-v1", *FLAGS[name].split()])
+    args = script.parse_args(["--env-id", "CartPole-v1", *SIZES.split(), *FLAGS[name].split()])
     agent, data = agent_and_batch(script, args, SPACES, action_space, tmp_path)
 
     def run():
@@ -106,9 +109,7 @@ def test_shape_comments(name, action_space, tmp_path):
         if "J" in sizes:  # it plans
             agent.policy(*agent.world_model.rssm.initial(sizes["N"]))
 
-    checked, wrong = watch(script, found, sizes, run)
-    assert not wrong, "\n".join(wrong)
-    assert len(checked) >= LEAST, f"only {len(checked)} of {len(found)} were reached"
+    check(script, sizes, run)
 
 
 def test_a_wrong_comment_is_found(tmp_path):
