@@ -186,9 +186,22 @@ def is_image(space):
     return picture and space.dtype == np.uint8
 
 
+class EpisodeLog(gym.Wrapper):
+    """Keeps of the infos an episode's highest success and numbers in info["log"], which are shown with its return."""
+
+    def reset(self, **kwargs):
+        self.log = {}
+        return super().reset(**kwargs)[0], {}
+
+    def step(self, action):
+        *step, info = super().step(action)
+        new = {"success": info.get("success", info.get("is_success"))} | info.get("log", {})
+        self.log |= {key: max(float(x), self.log.get(key, -math.inf)) for key, x in new.items() if x is not None}
+        return *step, {"log": self.log}
+
+
 class DictObservation(gym.ObservationWrapper):
-    """A dict of any observations -> images, uint8 (size, size, C), and vectors, float32 (n,).
-    Of the infos it keeps an episode's highest success and numbers in info["log"], which are shown with its return."""
+    """A dict of any observations -> images, uint8 (size, size, C), and vectors, float32 (n,)."""
 
     def __init__(self, env, obs, size):
         super().__init__(env)
@@ -205,16 +218,6 @@ class DictObservation(gym.ObservationWrapper):
         self.observation_space = gym.spaces.Dict(spaces)
         if not spaces:
             raise ValueError(f"--obs {obs}, but what is observed is {env.observation_space}")
-
-    def reset(self, **kwargs):
-        self.log = {}
-        return super().reset(**kwargs)[0], {}
-
-    def step(self, action):
-        *step, info = super().step(action)
-        new = {"success": info.get("success", info.get("is_success"))} | info.get("log", {})
-        self.log |= {key: max(float(x), self.log.get(key, -math.inf)) for key, x in new.items() if x is not None}
-        return *step, {"log": self.log}
 
     def observation(self, obs):
         result = {}
@@ -263,6 +266,7 @@ def make_env(args, video=None):
         env, repeat = gym.wrappers.TransformObservation(env, grey if full else shrink, space), 1
     else:
         env = gym.make(args.env_id.replace("ALE/", "ale_py:ALE/", args.env_id.startswith("ALE/")), **options)
+    env = EpisodeLog(env)
     if repeat > 1:
         env = gym.wrappers.RepeatAction(env, repeat)
     space, action = env.observation_space, env.action_space

@@ -19,13 +19,7 @@ class MetaWorld(gym.Wrapper):
     def reset(self, *, seed=None, options=None):
         if seed is not None:  # the environment's own reset ignores it
             self.unwrapped.seed(seed)
-        self.success = 0.0
         return super().reset()
-
-    def step(self, action):
-        *step, info = super().step(action)
-        self.success = max(self.success, info["success"])  # kept, for action repeat shows the last frame's alone
-        return *step, info | {"success": self.success}
 
     def render(self):
         return np.rot90(super().render(), self.turns)

@@ -332,8 +332,8 @@ def test_an_evaluation_that_was_stopped_is_no_result(new_house, tmp_path, monkey
 
 @pytest.mark.parametrize("kind", ["", "Image"])
 def test_success_and_what_an_environment_logs(ported, kind, tmp_path):
-    """The largest of each episode, beside its return; the success of evaluations too."""
-    flags = ["--env-id", f"toy_envs:Success{kind}-v0", "--num-envs", 2, "--eval-every", 60]
+    """The largest of each episode, also of frames that action repeat hides, and the success of evaluations."""
+    flags = ["--env-id", f"toy_envs:Success{kind}-v0", "--num-envs", 2, "--eval-every", 60, "--action-repeat", 2]
     rows = metrics(train(ported, tmp_path, *flags, frames=80))
     seen = {key: {value for _, name, value in rows if name == key} for _, key, _ in rows}
     assert seen["charts/success"] == seen["eval/success"] == {1.0}
