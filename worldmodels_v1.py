@@ -97,6 +97,7 @@ class Args:
     iterations: int = 1  # times that all stages are gone through; from the second on, the controller collects
     rollouts: int = 10_000  # collect: episodes of each iteration
     policy: Literal["agent", "brown", "held"] = "agent"  # collect: random agents, a random walk, held actions
+    collect_patience: int = 0  # collect: steps without positive reward after which an episode is left; 0 for never
     collect_noise: float = 0.1  # collect, from the second iteration on: deviation of noise on the controller's outputs
     whole_episodes: bool = False  # collect: go on after an episode's end, up to its limit, as the authors' CarRacing
     shortest: int = 0  # collect: steps that an episode must be longer than to be kept
@@ -147,7 +148,10 @@ PRESETS = {  # by the first word of --env-id; -quick: with --quick; -dream: with
         generations=60, population=32, candidate_rollouts=1, sample_latent=False, patience=25, eval_generations=10,
         eval_episodes=10, dream_length=250, log_every=100, save_every=250,
     ),
-    "carracing-dream": dict(train_controller_in="dream", candidate_rollouts=16, dream_context=16, dream_length=100),
+    "carracing-dream": dict(
+        train_controller_in="dream", rollouts=200, collect_patience=25, collect_noise=0.3, rnn_updates=1000,
+        candidate_rollouts=16, dream_context=16, dream_length=100,
+    ),
     "vizdoomtakecover": dict(
         total_timesteps=100_000_000, num_envs=os.cpu_count(), time_limit=2100, image_size=96, crop=5 / 6, policy="held",
         shortest=100, stoch=64, deter=512, restart_input=True, done_weight=10.0, vae_updates=308_000,
@@ -180,7 +184,7 @@ def parse_args(argv=None):
     args.env_kwargs = args.env_kwargs or given.get("env_kwargs", {})  # as a default, tyro would make a flag of each
     if args.env_id.startswith("Vizdoom"):
         args.env_id = f"vizdoom.gymnasium_wrapper:{args.env_id}"  # the module that registers it
-    zero = "seed eval_every shortest controller_hidden brake patience dream_context".split()
+    zero = "seed eval_every shortest controller_hidden brake patience collect_patience dream_context".split()
     for name, value in vars(args).items():
         least = 0 if isinstance(value, float) or name in zero else 2 if name in ("population", "rollouts") else 1
         if type(value) in (int, float) and not least <= value < math.inf:
@@ -521,10 +525,9 @@ class WorldModel(nn.Module):
         going_on = known & ~data["is_terminal"]  # (B, T)
         log_prob = mdn_log_prob(*self.rssm.mixture(deter), stoch).mean(-1)  # (B, T)
         losses = {"latent_loss": -log_prob * going_on / going_on.float().mean().clamp(min=1e-6)}
-        target = (data["reward"] - self.reward_scale[0]) / self.reward_scale[1]  # (B, T)
-        heads = self.reward_head, self.continue_head
-        reward, cont = (head(deter[..., : self.args.deter]).squeeze(-1) for head in heads)
-        losses["reward_loss"] = (reward - target).square() * known  # (B, T)
+        error = (self.reward(deter) - data["reward"]) / self.reward_scale[1]  # (B, T)
+        losses["reward_loss"] = error.square() * known  # (B, T)
+        cont = self.continue_head(deter[..., : self.args.deter]).squeeze(-1)  # (B, T)
         end = data["is_terminal"].to(cont.dtype)  # (B, T)
         cont_loss = F.binary_cross_entropy_with_logits(cont, 1 - end, reduction="none")  # (B, T)
         losses["continue_loss"] = cont_loss * known * (1 + (self.args.done_weight - 1) * end)  # (B, T)
@@ -562,8 +565,7 @@ class Controller(nn.Module):
             sys.exit("--moves is for three discrete actions")
         sizes = [args.stoch + len(args.controller_inputs[1:]) * args.deter, args.controller_hidden]
         sizes = [size for size in (*sizes, 1 if args.moves else action_dim) if size]
-        self.layers = list(pairwise(sizes))
-        self.outputs = sizes[-1]
+        self.layers, self.outputs = list(pairwise(sizes)), sizes[-1]
         count = sum((inp + args.controller_bias) * out for inp, out in self.layers)
         self.register_buffer("params", torch.zeros(count))
 
@@ -768,10 +770,11 @@ def rollout(seed, params=None, video=None, policy="controller", noise=0.0, patie
 
 def collect(args, agent, rollouts, at):
     """Episodes of random agents or, from the second iteration on, of the controller with noise on its outputs."""
-    play = partial(rollout, policy=args.policy) if at.iteration == 0 else partial(rollout, noise=args.collect_noise)
+    how = dict(policy=args.policy) if at.iteration == 0 else dict(noise=args.collect_noise)
+    play = partial(rollout, keep=True, patience=args.collect_patience or math.inf, **how)
     seeds = np.random.SeedSequence([0, args.seed, at.iteration]).generate_state(args.rollouts) // 2
     with Workers(args, agent) as workers:
-        for total, steps, kept, log in workers.map(partial(play, keep=True), seeds[at.done :].tolist()):
+        for total, steps, kept, log in workers.map(play, seeds[at.done :].tolist()):
             if at.frames >= args.total_timesteps:
                 return
             if steps > args.shortest:

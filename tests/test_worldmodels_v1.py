@@ -511,8 +511,15 @@ def test_whole_episodes_fit_the_replay_where_actions_are_repeated(tmp_path):
 
 
 def test_a_rollout_is_left_when_patience_is_over(play):
-    (_, steps, _), _ = play("toy_envs:Follow-v0", seed=3, patience=2)
-    assert 2 <= steps < 10
+    (_, steps, kept), _ = play("toy_envs:Follow-v0", seed=3, patience=2, keep=True)
+    assert 2 <= steps < 10 and kept["is_last"][-1] and not kept["is_terminal"].any()
+
+
+@pytest.mark.parametrize("patience, shortest", [(0, 10), (2, 2)])
+def test_episodes_are_collected_with_patience(patience, shortest, tmp_path):
+    flags = ["--env-id", "toy_envs:Follow-v0", "--collect-patience", patience, "--generations", 1]
+    run_script(script, *tiny(script), *flags, "--rollouts", 8, "--batch-length", 4, cwd=tmp_path)
+    assert min(length for _, length in scalars(only_run(tmp_path))["charts/episodic_length"]) == shortest
 
 
 # Runs
