@@ -44,9 +44,9 @@ CONTROL = {
     "DreamerV2": f"dreamer_v2.py {WIDE} {BATCH} --train-every 3 --stoch 16 --classes 8",
     "DreamerV3": "dreamer_v3.py --size 1m --deter 128 --num-envs 1 --train-ratio 128",
 }
-DEVICE = "--eval-every 0 --no-cuda --no-amp --no-compile"
-TASK = f"--total-timesteps 3000 --eval-episodes 40 --save-every 500 {DEVICE}"
-STATE = f"--total-timesteps 30000 --eval-episodes 10 --save-every 2000 --obs state {DEVICE}"
+PLAIN = "--no-cuda --no-amp --no-compile"
+TASK = f"--total-timesteps 3000 --eval-every 0 --eval-episodes 40 --save-every 500 {PLAIN}"
+STATE = f"--total-timesteps 30000 --eval-every 0 --eval-episodes 10 --save-every 2000 {PLAIN} --obs state"
 GRID = {  # panel: title, flags of the task, label -> script and flags, what random play returns
     "glide": ("Glide from pixels", f"{TASK} --env-id toy_envs:Glide-v0", FOUR, -0.3),
     "catch": ("Catch from pixels", f"{TASK} --env-id toy_envs:Catch-v0", FOUR, -0.6),
@@ -91,8 +91,8 @@ def collect():
     for cell in (cell for cell in CELLS if score(cell) is not None):
         panel, seed, label = cell
         points = read_run(str(next(FOLDER[cell].glob("*/checkpoint.pt")).parent))[1]["charts/episodic_return"]
-        width = int(GRID[panel][1].split()[1]) // 10
-        means = {frame: window(points, frame, width) for frame in range(width, points[-1][0] + 1, width)}
+        total = int(GRID[panel][1].split()[1])
+        means = {frame: window(points, frame, total // 10) for frame in range(total // 10, total + 1, total // 10)}
         for frame, value in (means | {"end": score(cell)}).items():
             curves[panel, label][frame].append(value)
             rows.append([panel, label, seed, frame, f"{value:.3f}"])
@@ -120,6 +120,8 @@ def draw(curves):
             axis.plot(place, [low[-1], mean[-1], high[-1]], "o-", markersize=3, color=line.get_color())
         axis.set(title=title, xlim=(0, None), xlabel="environment frames", ylabel="return")
         axis.legend(fontsize=8)
+    for axis in axes.flat[len(panels) :]:
+        axis.remove()
     figure.savefig(ROOT / "docs/compare.png", dpi=120, facecolor="white")  # on a dark page too
 
 
