@@ -66,7 +66,7 @@ def test_unknown_flags_and_values_are_refused(house, flag, tmp_path):
 
 ZERO = (
     "seed eval_every warmup prefill pretrain overshooting_distance tokenizer_warmup lam_shift "
-    "shortest controller_hidden brake patience dream_context".split()
+    "shortest controller_hidden brake collect_patience patience dream_context".split()
 )  # 0 has a meaning
 
 
