@@ -209,7 +209,7 @@ def is_image(space):
 
 
 class EpisodeLog(gym.Wrapper):
-    """Keeps of the infos an episode's highest success and numbers in info["log"], which are shown with its return."""
+    """Reduces infos to info["log"]: the episode's highest success, and of each number in the environment's own log."""
 
     def reset(self, **kwargs):
         self.log = {}
