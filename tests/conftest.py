@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image, ImageSequence
 
 ROOT = Path(__file__).resolve().parents[1]
 TESTS = Path(__file__).resolve().parent
@@ -131,12 +132,23 @@ def checkpoint(run):
     return torch.load(run / "checkpoint.pt", weights_only=True)
 
 
-def scalars(run):
-    """TensorBoard's events of a run: key -> [(frame, value), ...]."""
+def read_events(run):
+    """TensorBoard's events of a run, all of them."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    events = EventAccumulator(str(run), {"scalars": 0}).Reload()
+    return EventAccumulator(str(run), {"scalars": 0, "images": 0}).Reload()
+
+
+def scalars(run):
+    """Key -> [(frame, value), ...]."""
+    events = read_events(run)
     return {key: [(e.step, e.value) for e in events.Scalars(key)] for key in events.Tags()["scalars"]}
+
+
+def last_video(run, key):
+    """Frames (T, H, W, 3) of the last video with this key."""
+    gif = Image.open(io.BytesIO(read_events(run).Images(key)[-1].encoded_image_string))
+    return np.stack([frame.convert("RGB") for frame in ImageSequence.Iterator(gif)])
 
 
 def metrics(run):

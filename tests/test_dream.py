@@ -4,7 +4,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from conftest import agent_and_batch, scalars, tiny, train
+from conftest import agent_and_batch, last_video, scalars, tiny, train
 from gymnasium.utils.env_checker import check_env
 
 
@@ -78,6 +78,15 @@ def test_open_loop_sees_only_the_context(ported, tmp_path):
     changed = dreamt(action=moved)
     np.testing.assert_array_equal(changed[:5], whole[:5])
     assert (changed[5] != whole[5]).any(), "actions have no effect"
+
+
+def test_the_video_is_in_the_log(ported, tmp_path):
+    run = train(ported, tmp_path, "--env-id", "toy_envs:Image-v0", "--eval-every", 50, frames=100)
+    video = last_video(run, "video/open_loop")
+    assert video.shape == (8, 3 * 64, 4 * 64, 3)
+    assert (
+        np.abs(video[:5, 64:66] - np.array([60.0, 180, 75])).max() < 16
+    )  # where the model sees; a GIF has few colours
 
 
 def test_sequences_too_short_for_a_video(ported, tmp_path):

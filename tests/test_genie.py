@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import ROOT, checkpoint, environment, lines, metrics, only_run, run_script, scalars, tiny
+from conftest import ROOT, checkpoint, environment, last_video, lines, metrics, only_run, run_script, scalars, tiny
 from gymnasium.utils.env_checker import check_env
 from PIL import Image
 from test_runs import same
@@ -491,6 +491,8 @@ def test_a_run_from_end_to_end(finished):
     assert {"eval/tokenizer_psnr", "eval/action_information", "eval/delta_psnr", "eval/masked_accuracy"} <= rows.keys()
     assert checkpoint(finished)["agent"]["updates"].tolist() == [6, 6]
     assert os.path.getsize(finished / "video/action") == 400 * 8
+    height, width = np.array(last_video(finished, "video/latent_actions").shape[1:3]) // 16
+    assert (height, width) == (3, 2 + 5)  # prompts; the truth, its actions, each of the five codes
 
 
 def test_the_docs_explain_every_key(finished):

@@ -219,6 +219,9 @@ def test_parity_reward_and_end_of_the_dream(golden):
     losses, _ = model.loss(data, None)
     close(losses["reward_loss"].mean(), golden["rd_mse"], **FLOAT)
     close(losses["continue_loss"].mean(), golden["rd_bce"], **FLOAT)
+    model.reward_scale.copy_(torch.tensor([1.0, 2.0]))  # rewards are normalised: neither mean nor size matters
+    close(model.loss(data | {"reward": 2 * reward + 1}, None)[0]["reward_loss"].mean(), golden["rd_mse"], **FLOAT)
+    model.reward_scale.copy_(torch.tensor([0.0, 1.0]))
     for b in range(B):  # a dream whose states are the recording
         steps = iter(range(T))
         model.rssm.img_step = lambda state, *_, b=b, steps=steps: (
