@@ -3,8 +3,9 @@
     nohup python benchmarks/compare.py --jobs 2 &         # run what is missing of the whole grid, then draw
     python benchmarks/compare.py --panels glide catch     # a part of it; --jobs 0: only draw what there is
 
-Runs in runs/compare/<game>/<label>/<seed> that are finished are skipped, cut ones are resumed. The CSV has the means
-of training episodes (they explore) over a tenth of the frames, and at the end the evaluation.
+Runs in runs/compare/<game>/<label>/<seed> that are finished are skipped, and so are those that the CSV has from
+elsewhere; cut ones are resumed. The CSV has the means of training episodes (they explore) over a tenth of the frames,
+and at the end the evaluation. Take a cell's rows out to run it again.
 """
 
 import argparse
@@ -58,6 +59,9 @@ GRID = {  # panel: title, flags of the task, label -> script and flags, what ran
 CELLS = [(panel, seed, label) for panel in GRID for seed in SEEDS for label in GRID[panel][2]]
 GAME = {panel: flags.split()[-1].split(":")[-1] for panel, (_, flags, *_) in GRID.items()}
 FOLDER = {(panel, seed, label): ROOT / f"runs/compare/{GAME[panel]}/{label}/{seed}" for panel, seed, label in CELLS}
+MEASURED = collections.defaultdict(list)  # cell -> rows of the CSV
+for row in csv.reader(CSV.read_text().splitlines()[1:]):
+    MEASURED[row[0], int(row[2]), row[1]].append(row)
 
 
 def score(cell):
@@ -70,7 +74,7 @@ def score(cell):
 def run(cell):
     """One cell of the grid, from its start or from its last checkpoint, then its evaluation."""
     (panel, seed, label), path = cell, FOLDER[cell]
-    if score(cell) is None:
+    if cell not in MEASURED and score(cell) is None:
         script, *flags = f"{GRID[panel][2][label]} {GRID[panel][1]} --seed {seed}".split()
         path.mkdir(parents=True, exist_ok=True)
         train = [*flags, "--run-dir", path]
@@ -87,18 +91,20 @@ def run(cell):
 
 def collect():
     """Evaluated runs -> panel, label -> frame -> returns of the seeds, the evaluations at "end"; all in a CSV too."""
-    curves, rows = collections.defaultdict(lambda: collections.defaultdict(list)), []
-    for cell in (cell for cell in CELLS if score(cell) is not None):
+    for cell in (cell for cell in CELLS if cell not in MEASURED and score(cell) is not None):
         panel, seed, label = cell
         points = read_run(str(next(FOLDER[cell].glob("*/checkpoint.pt")).parent))[1]["charts/episodic_return"]
         total = int(GRID[panel][1].split()[1])
         means = {frame: window(points, frame, total // 10) for frame in range(total // 10, total + 1, total // 10)}
-        for frame, value in (means | {"end": score(cell)}).items():
-            curves[panel, label][frame].append(value)
-            rows.append([panel, label, seed, frame, f"{value:.3f}"])
-        rows[-1].append(f"{GRID[panel][2][label]} {GRID[panel][1]}")
+        values = means | {"end": score(cell)}
+        MEASURED[cell] = [[panel, label, seed, frame, f"{value:.3f}"] for frame, value in values.items()]
+        MEASURED[cell][-1].append(f"{GRID[panel][2][label]} {GRID[panel][1]}")
+    rows = [row for cell in CELLS for row in MEASURED.get(cell, [])]
     with open(CSV, "w", newline="") as file:
         csv.writer(file, lineterminator="\n").writerows(["panel label seed frame return command".split(), *rows])
+    curves = collections.defaultdict(lambda: collections.defaultdict(list))
+    for panel, label, _, frame, value, *_ in rows:
+        curves[panel, label][frame].append(float(value))
     return curves
 
 
@@ -111,7 +117,8 @@ def draw(curves):
         title, _, methods, random = GRID[panel]
         axis.axhline(random, color="0.4", linestyle=":")
         for i, label in enumerate(label for label in methods if (panel, label) in curves):
-            (*frames, _), values = zip(*curves[panel, label].items(), strict=True)
+            frames, values = zip(*curves[panel, label].items(), strict=True)
+            frames = [int(frame) for frame in frames[:-1]]
             mean, low, high = ([f(value) for value in values] for f in (statistics.fmean, min, max))
             print(f"{panel}, {label}: {mean[-1]:.2f} ({low[-1]:.2f} to {high[-1]:.2f}), {len(values[-1])} seeds")
             (line,) = axis.plot(frames, mean[:-1], label=label)
