@@ -135,7 +135,6 @@ PRESETS = {  # by the first word of --env-id; for Atari, of the paper
     "atari": dict(total_timesteps=200_000_000, eval_every=1_000_000, save_every=250_000, **ATARI),
     "atari100k": dict(total_timesteps=400_000, **ATARI),
 }
-SCRIPT = Args().exp_name
 
 
 def parse_args(argv=None):
@@ -147,8 +146,8 @@ def parse_args(argv=None):
     if run:
         path = Path(run, "args.json")
         given = json.loads(path.read_text() if path.exists() else "{}") | dict(resume=None, evaluate=None)
-        if given.pop("script", None) != SCRIPT or given.keys() - vars(Args()).keys():
-            sys.exit(f"{run} is no run of {SCRIPT}.py, or of another version")
+        if given.pop("script", None) != Args.exp_name or given.keys() - vars(Args()).keys():
+            sys.exit(f"{run} is no run of {Args.exp_name}.py, or of another version")
     args = tyro.cli(Args, args=argv, default=Args(**given | dict(env_kwargs={})), description=text)
     args.env_kwargs = args.env_kwargs or given.get("env_kwargs", {})  # as a default, tyro would make a flag of each
     for name, value in vars(args).items():
@@ -175,7 +174,7 @@ def is_image(space):
 
 
 class EpisodeLog(gym.Wrapper):
-    """Reduces infos to info["log"]: the episode's highest success, and of each number in the environment's own log."""
+    """Reduces infos to info["log"]: the episode's highest values of success and of the environment's own log."""
 
     def reset(self, **kwargs):
         self.log = {}
@@ -195,7 +194,7 @@ class DictObservation(gym.ObservationWrapper):
         super().__init__(env)
         self.keys, spaces = {}, {}
         for key, part in env.observation_space.items():
-            name = key + "_" * (key in ("reward", "action", "deter", "stoch", *FLAGS))
+            name = f"{key}_" if key in ("reward", "action", "deter", "stoch", *FLAGS) else key
             self.keys[name] = key
             if not isinstance(part, VECTORS):
                 gym.logger.warn(f"the observation {key!r} is left out, it is no image and no vector: {part}")
@@ -247,11 +246,11 @@ def make_env(args, video=None):
         game = next((name for name in gym.registry if name.lower() == game.lower()), game)
         options |= dict(frameskip=1, max_num_frames_per_episode=108_000, full_action_space=full)
         env = gym.make(game, repeat_action_probability=0.25 if full else 0.0, **options)
-        env, repeat = gym.wrappers.AtariPreprocessing(env, 30, repeat, size, grayscale_obs=full), 1
+        env = gym.wrappers.AtariPreprocessing(env, frame_skip=repeat, screen_size=size, grayscale_obs=full)
     else:
-        env = gym.make(args.env_id.replace("ALE/", "ale_py:ALE/", args.env_id.startswith("ALE/")), **options)
+        env = gym.make(re.sub("^ALE/", "ale_py:ALE/", args.env_id), **options)
     env = EpisodeLog(env)
-    if repeat > 1:
+    if repeat > 1 and suite not in ("atari", "atari100k"):
         env = gym.wrappers.RepeatAction(env, repeat)
     space, action = env.observation_space, env.action_space
     if not isinstance(space, gym.spaces.Dict):
@@ -292,7 +291,7 @@ def make_envs(args, count, video=None):
 
 class Replay:
     """Ring of steps on disk, one stream for each environment: a memory-mapped array (capacity, envs) of full size.
-    Step t holds observation t, the action that led to it, its reward and its flags: `dtype`.
+    Step t holds observation t, the action that led to it, its reward, its flags, and t: `dtype`.
     Only complete episodes are drawn from. `saved`: state of a run that goes on. Exits if the disk is too small or the
     file does not fit."""
 
@@ -305,7 +304,7 @@ class Replay:
             if saved.get("layout") != self.layout or held < saved["capacity"] * size:
                 sys.exit(f"{path} is not whole, or not of these observations, environments and sizes: {dtype.names}")
             self.count, self.episodes = saved["count"], np.array(saved["episodes"], int).reshape(-1, 3)
-            self.capacity = max(capacity, saved["capacity"]) if self.count <= saved["capacity"] else saved["capacity"]
+            self.capacity = saved["capacity"] if self.count > saved["capacity"] else max(capacity, saved["capacity"])
         if self.capacity < length + 1:
             sys.exit(f"--batch-length {length}: the replay holds only {self.capacity} steps of each environment")
         os.makedirs(os.path.dirname(path), exist_ok=True)
@@ -313,14 +312,17 @@ class Replay:
         if needed > free:
             sys.exit(f"{path} needs {needed / 1e9:.1f} GB, {free / 1e9:.1f} are free: make room, lower --replay-size")
         with open(path, "ab") as file:
-            allocate = getattr(os, "posix_fallocate", lambda file, _, size: os.truncate(file, size))  # on macOS
-            allocate(file.fileno(), 0, self.capacity * size)
+            if hasattr(os, "posix_fallocate"):  # not on macOS, where the memory map makes the file grow
+                os.posix_fallocate(file.fileno(), 0, self.capacity * size)
         self.steps = np.memmap(path, dtype, "r+", shape=(self.capacity, num_envs))
+        begun, _, env = self.episodes.T  # without those that were overwritten after the checkpoint, before a kill
+        self.episodes = self.episodes[self.steps["count"][begun % self.capacity, env] == begun]
 
     def add(self, step):
         """Appends one step of every environment: key -> array (envs, ...)."""
-        for key in self.steps.dtype.names:
+        for key in step:
             self.steps[key][self.count % self.capacity] = step[key]
+        self.steps["count"][self.count % self.capacity] = self.count
         self.begun[step["is_first"]] = self.count
         self.count += 1
         lengths = self.count - self.begun
@@ -405,7 +407,7 @@ def lambda_return(reward, cont, next_value, lmbda):
     returns = [next_value[:, -1]]
     for t in range(reward.shape[1] - 1, -1, -1):
         returns.append(interim[:, t] + cont[:, t] * lmbda * returns[-1])
-    return torch.stack(returns[:0:-1], 1)
+    return torch.stack(returns[1:][::-1], 1)
 
 
 # === Networks =========================================================================================================
@@ -453,7 +455,7 @@ class Encoder(nn.Module):
         super().__init__()
         self.vectors = [key for key in sorted(spaces) if spaces[key].dtype != np.uint8]
         self.images = [key for key in sorted(spaces) if spaces[key].dtype == np.uint8]
-        self.embed_dim = bool(self.vectors) * args.units + bool(self.images) * 32 * args.depth
+        self.embed_dim = (args.units if self.vectors else 0) + (32 * args.depth if self.images else 0)
         if self.vectors:
             self.layers = MLP(sum(spaces[key].shape[0] for key in self.vectors), args.units, 4)
         if self.images:
@@ -583,7 +585,7 @@ class WorldModel(nn.Module):
 
     def __init__(self, args, spaces, action_dim):
         super().__init__()
-        self.args, self.spaces = args, spaces
+        self.args = args
         feat_dim = args.deter + args.stoch
         self.encoder = Encoder(spaces, args)
         self.rssm = RSSM(args, self.encoder.embed_dim, action_dim)
@@ -760,7 +762,7 @@ class Agent(nn.Module):
     def layout(self):
         """What the replay holds of each step, as a NumPy type."""
         fields = [(key, space.dtype, space.shape) for key, space in self.spaces.items()] + [(key, "?") for key in FLAGS]
-        return np.dtype([*fields, ("reward", "f4"), ("action", "f4", (self.action_dim,))])
+        return np.dtype([*fields, ("reward", "f4"), ("action", "f4", (self.action_dim,)), ("count", "i8")])
 
     def initial(self, num_envs):
         """What acting carries from step to step, at the start: deter, stoch, action (num_envs, A)."""
@@ -839,13 +841,13 @@ class Graph:
     captured and from then on replayed. The next call overwrites the outputs. On a CPU it is the function itself."""
 
     def __init__(self, function, device):
-        self.function, self.plain = function, 3 if device.type == "cuda" else math.inf
+        self.function, self.graph, self.plain = function, None, 3 if device.type == "cuda" else math.inf
 
     def __call__(self, *inputs):
-        self.plain -= 1
-        if self.plain >= 0:
+        if self.plain > 0:
+            self.plain -= 1
             return self.function(*inputs)
-        if self.plain == -1:
+        if not self.graph:
             self.inputs, self.graph = tree_map(torch.clone, inputs), torch.cuda.CUDAGraph()
             with torch.cuda.graph(self.graph):
                 self.outputs = self.function(*self.inputs)
@@ -917,12 +919,12 @@ def open_loop(agent, data, context=5):
     deter, stoch, _ = model.rssm.observe(*seen, agent.start(data))
     replayed = lambda _, t: action[:, context + t]  # noqa: E731
     dream, _ = model.rssm.imagine((deter[:, -1], stoch[:, -1]), replayed, T - context)
-    dream = model.decode(torch.cat([feature(deter, stoch), dream], 1))
-    truth, dream = (picture({key: obs[key].cpu().numpy() for key in dream}) for obs in (data, dream))
+    decoded = model.decode(torch.cat([feature(deter, stoch), dream], 1))
+    truth, dream = [picture({key: obs[key].cpu().numpy() for key in decoded}) for obs in (data, decoded)]
     error = ((dream.astype(np.int16) - truth + 255) // 2).astype(np.uint8)
     dream[:, :context, :2] = (60, 180, 75)
     video = np.concatenate([truth, dream, error], 2)  # (B, T, 3·H, W, 3)
-    return np.concatenate(video, 2)
+    return np.concatenate(video, 2)  # side by side
 
 
 # === Run ==============================================================================================================
@@ -974,7 +976,7 @@ def evaluate(agent, args, seed, folder, stop=()):
             scores["success"] = np.where(running, info["log"]["success"], scores.get("success", 0.0))
         running &= ~(terminated | truncated)
     envs.close()
-    return scores
+    return {} if stop else scores
 
 
 def begin(envs, replay, seeds=None):
@@ -997,7 +999,7 @@ def train(args):
     records = int(1.02 * args.total_timesteps / args.action_repeat) + args.num_envs  # those of resets among them
     steps = envs.num_envs, min(args.replay_size, records) // args.num_envs, args.batch_length
     replay = Replay(f"{run}/replay/steps", agent.layout(), *steps, saved.get("replay"))
-    Path(f"{run}/args.tmp").write_text(json.dumps(asdict(args) | {"script": SCRIPT}, indent=1))
+    Path(f"{run}/args.tmp").write_text(json.dumps(asdict(args) | {"script": Args.exp_name}, indent=1))
     os.replace(f"{run}/args.tmp", f"{run}/args.json")
     if args.track:
         import wandb
@@ -1009,15 +1011,15 @@ def train(args):
 
     stop = []
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # the first ends in good order, the next at once
-        signal.signal(number, lambda number, _: os._exit(128 + number) if stop else stop.append(number))
+        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # which nohup ignores
+            signal.signal(number, lambda number, _: os._exit(128 + number) if stop else stop.append(number))
     act, update = Graph(agent.act, device), Graph(agent.update, device)
-    passed = lambda every: every and frame // every > before // every  # noqa: E731
     rng = np.random.default_rng([0, args.seed, frame])
     torch.manual_seed(int(rng.integers(2**63)))
     record = begin(envs, replay, rng.integers(2**32, size=envs.num_envs).tolist())
     carry, data, ahead = agent.initial(envs.num_envs), None, None
-    totals, counted, ending = 0.0, updates, False
     bar = tqdm(total=args.total_timesteps, initial=frame, unit="frames", smoothing=0.05)
+    totals, counted, ending = 0.0, updates, False
     while frame < args.total_timesteps and not ending:
         # Learn: `pretrain` updates after the prefill, then `train_steps` every `train_every` frames
         while frame >= due:
@@ -1028,8 +1030,8 @@ def train(args):
             if device.type == "cuda":  # the next batch is read while the GPU works
                 ahead = replay.sample(args.batch_size, rng, device)
             values = torch.stack(list(metrics.values())).cpu().numpy()
-            if not np.isfinite(values).all():
-                bad = [key for key, value in metrics.items() if not value.isfinite()]
+            bad = [key for key, value in zip(metrics, values, strict=True) if not np.isfinite(value)]
+            if bad:
                 sys.exit(f"\nnot finite in update {updates + 1}, frame {frame}: {bad}; the last checkpoint is kept")
             totals, updates, budget = totals + values, updates + 1, budget - 1
 
@@ -1049,9 +1051,10 @@ def train(args):
         replay.add(record | {"action": carry[2].cpu().numpy() * ~record["is_first"][:, None]})
         ending, taken = bool(stop), int((~record["is_first"]).sum())
         before, frame = frame, frame + taken * args.action_repeat
+        save, log, score = (n and frame // n > before // n for n in (args.save_every, args.log_every, args.eval_every))
 
         # Save: the checkpoint is there whole or not at all; the replay that belongs to it lies beside it
-        if passed(args.save_every) or passed(args.eval_every) or ending or frame >= args.total_timesteps:
+        if save or score or ending or frame >= args.total_timesteps:
             replay.steps.flush()
             state = dict(agent=agent.state_dict(), optimizer=agent.optimizer_state(), replay=replay.state_dict())
             with open(f"{run}/checkpoint.tmp", "wb") as file:
@@ -1063,13 +1066,13 @@ def train(args):
         # Log
         bar.update(frame - before)
         for env in np.flatnonzero(record["is_last"]):
-            scores = {key: value[env] for key, value in info["log"].items() if key[0] != "_"}
+            scores = {key: value[env] for key, value in info["log"].items() if key[0] != "_"}  # _: masks
             scores["episodic_length"] = info["episode"]["l"][env] * args.action_repeat
             scores["episodic_return"] = info["episode"]["r"][env]
             for key, value in scores.items():
                 writer.add_scalar(f"charts/{key}", value, frame)
             bar.set_postfix_str(f"return {scores['episodic_return']:.1f}, updates {updates}", refresh=False)
-        if passed(args.log_every) and updates > counted:
+        if log and updates > counted:
             row = dict(zip(metrics, totals / (updates - counted), strict=True)) | {"charts/updates": updates}
             row["charts/SPS"] = (frame - bar.initial) / bar.format_dict["elapsed"]
             for key, value in row.items():
@@ -1077,13 +1080,13 @@ def train(args):
             totals, counted = 0.0, updates
 
         # Evaluate
-        if passed(args.eval_every):
+        if score:
             with torch.compiler.set_stance("force_eager"):  # many shapes, once each
                 if data and args.batch_length > 5:  # of which it sees 5
                     video = open_loop(agent, {key: value[:4] for key, value in data.items()})
                     writer.add_video("video/open_loop", video[None], frame, fps=15, dataformats="NTHWC")
                 scores = evaluate(agent, args, [1, args.seed, frame], f"{run}/videos/{frame}", stop)
-            for key, value in {} if stop else scores.items():
+            for key, value in scores.items():
                 writer.add_scalar(f"eval/{key}", value.mean(), frame)
                 writer.add_scalar(f"eval/{key}_std", value.std(), frame)
 
@@ -1093,7 +1096,7 @@ def train(args):
     envs.close()
     bar.close()
     writer.close()
-    print(f"{'stopped' if stop else 'done'} at frame {frame} and saved: --resume {run}")
+    print(f"{'stopped' if stop else 'done'} at frame {frame} after {updates} updates, saved: --resume {run}")
     if not updates:
         print(f"no update: fewer than {args.prefill} frames, or no episode of {args.batch_length} steps")
     if stop:

@@ -141,9 +141,8 @@ PRESETS = {  # by the first word of --env-id, then by that word and --obs
     "metaworld": DMC,  # not the authors'
     "crafter": dict(train_ratio=512),
     "procgen": dict(total_timesteps=100_000_000, image_size=96, train_ratio=64, **LARGE),
-    "bsuite": dict(total_timesteps=10_000_000, train_ratio=1024, **LARGE | dict(num_envs=1)),
+    "bsuite": dict(total_timesteps=10_000_000, train_ratio=1024, eval_every=1_000_000, save_every=250_000),
 }
-SCRIPT = Args().exp_name
 
 
 def parse_args(argv=None):
@@ -156,8 +155,8 @@ def parse_args(argv=None):
     if run:
         path = Path(run, "args.json")
         given = json.loads(path.read_text() if path.exists() else "{}") | dict(resume=None, evaluate=None)
-        if given.pop("script", None) != SCRIPT or given.keys() - vars(Args()).keys():
-            sys.exit(f"{run} is no run of {SCRIPT}.py, or of another version")
+        if given.pop("script", None) != Args.exp_name or given.keys() - vars(Args()).keys():
+            sys.exit(f"{run} is no run of {Args.exp_name}.py, or of another version")
     args = tyro.cli(Args, args=argv, default=Args(**given | dict(env_kwargs={})), description=text)
     args.env_kwargs = args.env_kwargs or given.get("env_kwargs", {})  # as a default, tyro would make a flag of each
     width = WIDTHS[args.size]
@@ -187,7 +186,7 @@ def is_image(space):
 
 
 class EpisodeLog(gym.Wrapper):
-    """Reduces infos to info["log"]: the episode's highest success, and of each number in the environment's own log."""
+    """Reduces infos to info["log"]: the episode's highest values of success and of the environment's own log."""
 
     def reset(self, **kwargs):
         self.log = {}
@@ -207,7 +206,7 @@ class DictObservation(gym.ObservationWrapper):
         super().__init__(env)
         self.keys, spaces = {}, {}
         for key, part in env.observation_space.items():
-            name = key + "_" * (key in ("reward", "action", "deter", "stoch", *FLAGS))
+            name = f"{key}_" if key in ("reward", "action", "deter", "stoch", *FLAGS) else key
             self.keys[name] = key
             if not isinstance(part, VECTORS):
                 gym.logger.warn(f"the observation {key!r} is left out, it is no image and no vector: {part}")
@@ -259,15 +258,15 @@ def make_env(args, video=None):
         game = next((name for name in gym.registry if name.lower() == game.lower()), game)
         options |= dict(frameskip=1, max_num_frames_per_episode=108_000, full_action_space=full)
         env = gym.make(game, repeat_action_probability=0.25 if full else 0.0, **options)
-        env = gym.wrappers.AtariPreprocessing(env, 30, repeat, (160, 210), grayscale_obs=False)
+        env = gym.wrappers.AtariPreprocessing(env, frame_skip=repeat, screen_size=(160, 210), grayscale_obs=False)
         shrink = lambda x: np.asarray(Image.fromarray(x).resize((size, size), Image.BILINEAR))  # noqa: E731
-        grey = lambda x: (shrink(x) @ [[0.299], [0.587], [0.114]]).astype(np.uint8)  # noqa: E731
+        grey = lambda x: (shrink(x) * [0.299, 0.587, 1 - (0.299 + 0.587)]).sum(-1)[..., None].astype("u1")  # noqa: E731
         space = gym.spaces.Box(0, 255, (size, size, 1 if full else 3), np.uint8)
-        env, repeat = gym.wrappers.TransformObservation(env, grey if full else shrink, space), 1
+        env = gym.wrappers.TransformObservation(env, grey if full else shrink, space)
     else:
-        env = gym.make(args.env_id.replace("ALE/", "ale_py:ALE/", args.env_id.startswith("ALE/")), **options)
+        env = gym.make(re.sub("^ALE/", "ale_py:ALE/", args.env_id), **options)
     env = EpisodeLog(env)
-    if repeat > 1:
+    if repeat > 1 and suite not in ("atari", "atari100k"):
         env = gym.wrappers.RepeatAction(env, repeat)
     space, action = env.observation_space, env.action_space
     if not isinstance(space, gym.spaces.Dict):
@@ -319,7 +318,7 @@ class Replay:
             if saved.get("layout") != self.layout or held < saved["capacity"] * size:
                 sys.exit(f"{path} is not whole, or not of these observations, environments and sizes: {dtype.names}")
             self.count, self.fresh = saved["count"], saved["fresh"]
-            self.capacity = max(capacity, saved["capacity"]) if self.count <= saved["capacity"] else saved["capacity"]
+            self.capacity = saved["capacity"] if self.count > saved["capacity"] else max(capacity, saved["capacity"])
         if self.capacity < length + 1:
             sys.exit(f"--batch-length {length}: the replay holds only {self.capacity} steps of each environment")
         os.makedirs(os.path.dirname(path), exist_ok=True)
@@ -327,16 +326,16 @@ class Replay:
         if needed > free:
             sys.exit(f"{path} needs {needed / 1e9:.1f} GB, {free / 1e9:.1f} are free: make room, lower --replay-size")
         with open(path, "ab") as file:
-            allocate = getattr(os, "posix_fallocate", lambda file, _, size: os.truncate(file, size))  # on macOS
-            allocate(file.fileno(), 0, self.capacity * size)
+            if hasattr(os, "posix_fallocate"):  # not on macOS, where the memory map makes the file grow
+                os.posix_fallocate(file.fileno(), 0, self.capacity * size)
         self.steps = np.memmap(path, dtype, "r+", shape=(self.capacity, num_envs))
 
     def add(self, step):
         """Appends one step of every environment: key -> array (envs, ...)."""
-        for key in self.steps.dtype.names:
+        for key in step:
             self.steps[key][self.count % self.capacity] = step[key]
         self.count += 1
-        if self.count >= self.capacity:  # what is overwritten next begins anew, also after a kill
+        if self.count >= self.capacity:  # where the oldest step follows the newest, also after a kill, one begins anew
             self.steps["is_first"][self.count % self.capacity] = True
         # each stretch of length + 1 steps is trained on once soon after it came: the online queue
         if self.count > 1 and (self.count - 1) % (self.length + 1) == 0:
@@ -352,9 +351,9 @@ class Replay:
         first, last = max(0, self.count - self.capacity), self.count - self.length
         fresh, self.fresh = [x for x in self.fresh[:batch_size] if first <= x[0] < last], self.fresh[batch_size:]
         drawn = rng.integers((first, 0), (last, self.num_envs), (batch_size - len(fresh), 2)).tolist()
-        starts = np.array(fresh + drawn)  # the step before a sequence, its environment
-        rows, env = (starts[:, :1] + np.arange(self.length + 1)) % self.capacity, starts[:, 1:]
-        index, before = (rows[:, 1:], env), (rows[:, 0], env[:, 0])
+        start, env = np.array(fresh + drawn).T  # the step before a sequence, its environment
+        rows = (start[:, None] + np.arange(self.length + 1)) % self.capacity
+        index, before = (rows[:, 1:], env[:, None]), (rows[:, 0], env)
         data = {key: self.steps[key][before if key in ("deter", "stoch") else index] for key in self.steps.dtype.names}
         data["is_last"][:, :-1] |= data["is_first"][:, 1:]  # an episode that was left
         return to_tensors(data, device), index
@@ -441,7 +440,7 @@ def lambda_return(reward, cont, last, value, bootstrap, lmbda):
     returns = [bootstrap]
     for t in range(reward.shape[1] - 1, 0, -1):
         returns.append(interim[:, t] + cont[:, t] * lmbda[:, t] * returns[-1])
-    return torch.stack(returns[:0:-1], 1)
+    return torch.stack(returns[1:][::-1], 1)
 
 
 # === Networks =========================================================================================================
@@ -450,8 +449,8 @@ def lambda_return(reward, cont, last, value, bootstrap, lmbda):
 def initialise(module):
     """Weights from a truncated normal with standard deviation 1 / sqrt(fan_in), biases zero."""
     if isinstance(module, (nn.Linear, nn.Conv2d, BlockLinear)):
-        output = (..., 0) if isinstance(module, BlockLinear) else 0  # blocks count the whole input
-        std = 1.1368 / math.sqrt(module.weight[output].numel())
+        weight = module.weight[..., 0] if isinstance(module, BlockLinear) else module.weight[0]  # all inputs of blocks
+        std = 1.1368 / math.sqrt(weight.numel())  # 1 / 0.8796, what the cut at two leaves of a deviation
         nn.init.trunc_normal_(module.weight, 0.0, std, -2 * std, 2 * std)
         nn.init.zeros_(module.bias)
 
@@ -501,8 +500,8 @@ class UpsampleConv(Conv):
     rows that meet the same input row are summed first, which leaves a 3×3 kernel for each of the four places."""
 
     def forward(self, x):
-        places = [(j, 1 - j, i, 1 - i) for i in (0, 1) for j in (0, 1)]  # where a sixth column and row of zeros are put
-        kernels = [4 * F.avg_pool2d(F.pad(self.weight, place), 2) for place in places]
+        places = (0, 1, 0, 1), (1, 0, 0, 1), (0, 1, 1, 0), (1, 0, 1, 0)  # of zeros: left, right, top, bottom
+        kernels = [F.avg_pool2d(F.pad(self.weight, place), 2, divisor_override=1) for place in places]  # sums
         weight = torch.stack(kernels, 1).flatten(0, 1)
         x = F.conv2d(x.permute(0, 3, 1, 2), weight, self.bias.repeat_interleave(4), padding=1)
         return F.pixel_shuffle(x, 2).permute(0, 2, 3, 1)
@@ -527,8 +526,8 @@ class Encoder(nn.Module):
         super().__init__()
         self.vectors = [key for key in sorted(spaces) if spaces[key].dtype != np.uint8]
         self.images = [key for key in sorted(spaces) if spaces[key].dtype == np.uint8]
-        size = args.image_size // 16  # of the last map
-        self.embed_dim = bool(self.vectors) * args.units + bool(self.images) * size**2 * 4 * args.depth
+        side = args.image_size // 16  # of the last map
+        self.embed_dim = (args.units if self.vectors else 0) + (side**2 * 4 * args.depth if self.images else 0)
         if self.vectors:
             self.layers = MLP(sum(spaces[key].shape[0] for key in self.vectors), args.units, 3)
         if self.images:
@@ -608,7 +607,7 @@ class RSSM(nn.Module):
 
     def gru(self, deter, stoch, action):
         """Block GRU, the sequence model h_t = f(h_t-1, z_t-1, a_t-1): deter (B, D), ... -> next deter (B, D)."""
-        action = action / action.detach().abs().clamp(min=1)
+        action = action / action.detach().abs().clamp(min=1)  # to [-1, 1], as in the authors' code
         x = torch.cat([self.deter_in(deter), self.stoch_in(stoch.flatten(1)), self.action_in(action)], -1)
         blocks = deter.to(x.dtype).unflatten(-1, (self.args.blocks, -1))
         x = torch.cat([blocks, x.unsqueeze(1).expand(-1, self.args.blocks, -1)], -1)
@@ -673,7 +672,7 @@ class WorldModel(nn.Module):
 
     def __init__(self, args, spaces, action_dim):
         super().__init__()
-        self.args, self.spaces = args, spaces
+        self.args = args
         feat_dim = args.deter + args.stoch * args.classes
         self.encoder = Encoder(spaces, args)
         self.rssm = RSSM(args, self.encoder.embed_dim, action_dim)
@@ -700,8 +699,8 @@ class WorldModel(nn.Module):
         losses["continue_loss"] = F.binary_cross_entropy_with_logits(cont, target, reduction="none")  # (B, T)
         losses["dyn_loss"] = kl_divergence(post.detach(), prior).clamp(min=args.free_nats)  # (B, T)
         losses["rep_loss"] = kl_divergence(post, prior.detach()).clamp(min=args.free_nats)  # (B, T)
-        entropies = [-(probs * probs.log()).sum((-2, -1)).mean() for probs in (post, prior)]
-        stats = dict(posterior_entropy=entropies[0], prior_entropy=entropies[1], kl=kl_divergence(post, prior).mean())
+        post_entropy, prior_entropy = (-(probs * probs.log()).sum((-2, -1)).mean() for probs in (post, prior))
+        stats = dict(posterior_entropy=post_entropy, prior_entropy=prior_entropy, kl=kl_divergence(post, prior).mean())
         return losses, deter, stoch, feat, stats
 
     def reward(self, feat):
@@ -809,7 +808,7 @@ class LaProp:
     """Adaptive gradient clipping, then RMS scaling, then momentum, then a warmed-up learning rate (p. 8)."""
 
     def __init__(self, params, args):
-        self.params, self.args = list(params), args
+        self.params, self.args = params, args
         self.square, self.momentum = ([torch.zeros_like(p) for p in self.params] for _ in range(2))
         self.updates = torch.zeros((), dtype=torch.float64, device=self.params[0].device)
 
@@ -818,14 +817,14 @@ class LaProp:
         """One update from gradients in the order of the parameters -> stats."""
         grad_norm = torch.stack(torch._foreach_norm(grads))
         limit = self.args.clip * torch.stack(torch._foreach_norm(self.params)).clamp(min=1e-3)
-        grads = torch._foreach_mul(grads, list((limit / torch.maximum(grad_norm, limit)).unbind()))
+        grads = torch._foreach_mul(grads, (limit / grad_norm).clamp(max=1).unbind())
         rate = self.args.learning_rate * (self.updates / max(1, self.args.warmup)).clamp(max=1)
         self.updates += 1
         torch._foreach_lerp_(self.square, torch._foreach_mul(grads, grads), 0.001)
-        squares, momenta = ((1 - beta**self.updates).float() for beta in (0.999, 0.9))  # sums of the averages' weights
-        rms = torch._foreach_add(torch._foreach_sqrt(torch._foreach_div(self.square, squares)), 1e-20)
+        square_sum, momentum_sum = ((1 - beta**self.updates).float() for beta in (0.999, 0.9))  # of the weights
+        rms = torch._foreach_add(torch._foreach_sqrt(torch._foreach_div(self.square, square_sum)), 1e-20)
         torch._foreach_lerp_(self.momentum, torch._foreach_div(grads, rms), 0.1)
-        torch._foreach_sub_(self.params, torch._foreach_mul(self.momentum, rate.float() / momenta))
+        torch._foreach_sub_(self.params, torch._foreach_mul(self.momentum, rate.float() / momentum_sum))
         return {"grad_norm": grad_norm.norm(), "learning_rate": rate}
 
 
@@ -846,9 +845,9 @@ class Agent(nn.Module):
         self.behaviour.slow_critic.load_state_dict(self.behaviour.critic.state_dict())
         self.trained = [p for p in self.parameters() if p.requires_grad]
         self.optimizer = LaProp(self.trained, args)
-        if args.compile:  # a decoder whose first map is one pixel would fail on a GPU: PyTorch issue 171622
+        if args.compile:  # but a decoder whose first map is one pixel would fail on a GPU: PyTorch issue 171622
             model = self.world_model
-            modules = [model.encoder, self.behaviour.actor.layers] + [model.decoder] * (args.image_size > 16)
+            modules = [model.encoder, self.behaviour.actor.layers] + ([model.decoder] if args.image_size > 16 else [])
             for part, name in [(model.rssm, "obs_step"), (model.rssm, "img_step")] + [(x, "forward") for x in modules]:
                 setattr(part, name, torch.compile(getattr(part, name), dynamic=False))
         self.autocast = lambda: torch.autocast(self.device.type, torch.bfloat16, enabled=args.amp)
@@ -924,13 +923,13 @@ class Graph:
     captured and from then on replayed. The next call overwrites the outputs. On a CPU it is the function itself."""
 
     def __init__(self, function, device):
-        self.function, self.plain = function, 3 if device.type == "cuda" else math.inf
+        self.function, self.graph, self.plain = function, None, 3 if device.type == "cuda" else math.inf
 
     def __call__(self, *inputs):
-        self.plain -= 1
-        if self.plain >= 0:
+        if self.plain > 0:
+            self.plain -= 1
             return self.function(*inputs)
-        if self.plain == -1:
+        if not self.graph:
             self.inputs, self.graph = tree_map(torch.clone, inputs), torch.cuda.CUDAGraph()
             with torch.cuda.graph(self.graph):
                 self.outputs = self.function(*self.inputs)
@@ -1002,12 +1001,12 @@ def open_loop(agent, data, context=5):
     deter, stoch, _ = model.rssm.observe(*seen, agent.start(data))
     replayed = lambda _, t: action[:, min(context + t, T - 1)]  # noqa: E731
     dream, _ = model.rssm.imagine((deter[:, -1], stoch[:, -1]), replayed, T - context)
-    dream = model.decode(torch.cat([feature(deter, stoch), dream[:, 1:]], 1))
-    truth, dream = (picture({key: obs[key].cpu().numpy() for key in dream}) for obs in (data, dream))
+    decoded = model.decode(torch.cat([feature(deter, stoch), dream[:, 1:]], 1))
+    truth, dream = [picture({key: obs[key].cpu().numpy() for key in decoded}) for obs in (data, decoded)]
     error = ((dream.astype(np.int16) - truth + 255) // 2).astype(np.uint8)
     dream[:, :context, :2] = (60, 180, 75)
     video = np.concatenate([truth, dream, error], 2)  # (B, T, 3·H, W, 3)
-    return np.concatenate(video, 2)
+    return np.concatenate(video, 2)  # side by side
 
 
 # === Run ==============================================================================================================
@@ -1068,7 +1067,7 @@ def evaluate(agent, args, seed, folder, stop=()):
             scores["success"] = np.where(running, info["log"]["success"], scores.get("success", 0.0))
         running &= ~(terminated | truncated)
     envs.close()
-    return scores
+    return {} if stop else scores
 
 
 def train(args):
@@ -1076,17 +1075,18 @@ def train(args):
     device = setup(args)
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     envs = make_envs(args, args.num_envs // world)
+    overlap = isinstance(envs, gym.vector.AsyncVectorEnv)
     agent = Agent(args, envs.single_observation_space.spaces, envs.single_action_space, device)
     name = [f"{args.env_id.replace('/', '-')}__{args.exp_name}__{args.seed}__{time.time_ns() // 1000}"]
     if world > 1:
         dist.broadcast_object_list(name)
-    run, saved = args.resume or f"{args.run_dir}/{name[0]}", load(args.resume, agent) if args.resume else {}
-    run = f"{run}/{rank}" if rank > 0 else run  # each process has its replay and its log
+    saved = load(args.resume, agent) if args.resume else {}
+    run = (args.resume or f"{args.run_dir}/{name[0]}") + (f"/{rank}" if rank else "")  # each has a replay and a log
     frame, updates, budget = saved.get("progress", (0, 0, 1.0))
     records = int(1.02 * args.total_timesteps / args.action_repeat) + args.num_envs  # those of resets among them
     steps = envs.num_envs, min(args.replay_size, records) // args.num_envs, args.batch_length
     replay = Replay(f"{run}/replay/steps", agent.layout(), *steps, saved.get("replay"))
-    Path(f"{run}/args.tmp").write_text(json.dumps(asdict(args) | {"script": SCRIPT}, indent=1))
+    Path(f"{run}/args.tmp").write_text(json.dumps(asdict(args) | {"script": Args.exp_name}, indent=1))
     os.replace(f"{run}/args.tmp", f"{run}/args.json")
     if args.track and rank == 0:
         import wandb
@@ -1098,27 +1098,27 @@ def train(args):
 
     stop = []
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # the first ends in good order, the next at once
-        signal.signal(number, lambda number, _: os._exit(128 + number) if stop else stop.append(number))
+        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # which nohup ignores
+            signal.signal(number, lambda number, _: os._exit(128 + number) if stop else stop.append(number))
     act, update = Graph(agent.act, device), Graph(agent.update, device)
-    passed = lambda every: every and frame // every > before // every  # noqa: E731
     rng = np.random.default_rng([0, args.seed, frame, rank])
     torch.manual_seed(int(rng.integers(2**63)))
     obs, _ = envs.reset(seed=rng.integers(2**32, size=envs.num_envs).tolist())
     zeros, carry, data, ahead, late = np.zeros(envs.num_envs, bool), agent.initial(envs.num_envs), None, None, []
     record = obs | dict(reward=np.zeros(envs.num_envs), is_first=~zeros, is_last=zeros, is_terminal=zeros)
-    totals, counted, ending = 0.0, updates, False
     bar = tqdm(total=args.total_timesteps, initial=frame, unit="frames", disable=rank > 0, smoothing=0.05)
+    totals, counted, ending = 0.0, updates, False
     while frame < args.total_timesteps and not ending:
         # Act, and add the step to the replay
-        led_here = carry[2].cpu()
+        led_here = carry[2].cpu()  # before act overwrites it
         carry = act(to_tensors(record, device), carry)
         replay.add(record | dict(action=led_here, deter=carry[0].cpu(), stoch=carry[1].argmax(-1).cpu()))
-        action, overlap = agent.env_action(carry[2]), hasattr(envs, "step_async")
+        action = agent.env_action(carry[2])
         if overlap:  # the environments run while the model learns
             envs.step_async(action)
 
         # Learn: one update when the replay holds a first batch, then `train_ratio` replayed steps for each new one
-        ready = len(replay) * world >= args.batch_size * args.batch_length
+        ready = len(replay) * world >= args.batch_size * args.batch_length  # as many sequences as a batch has steps
         while ready and budget >= 1 and not (stop and world == 1):
             data, index = ahead or replay.sample(args.batch_size // world, rng, device)
             latents, metrics = update(data)
@@ -1128,8 +1128,8 @@ def train(args):
             if device.type == "cuda":  # the next batch is read while the GPU works
                 ahead = replay.sample(args.batch_size // world, rng, device)
             values = torch.stack(list(metrics.values())).cpu().numpy()
-            if not np.isfinite(values).all():
-                bad = [key for key, value in metrics.items() if not value.isfinite()]
+            bad = [key for key, value in zip(metrics, values, strict=True) if not np.isfinite(value)]
+            if bad:
                 sys.exit(f"\nnot finite in update {updates + 1}, frame {frame}: {bad}; the last checkpoint is kept")
             totals, updates, budget = totals + values, updates + 1, budget - 1
         budget += ready * args.num_envs * args.train_ratio / (args.batch_size * args.batch_length)
@@ -1147,12 +1147,13 @@ def train(args):
             dist.all_reduce(both)
             taken, ending = both.tolist()
         before, frame = frame, frame + taken * args.action_repeat
+        save, log, score = (n and frame // n > before // n for n in (args.save_every, args.log_every, args.eval_every))
 
         # Save: the checkpoint is there whole or not at all; the replay that belongs to it lies beside it
-        saving = passed(args.save_every) or passed(args.eval_every) or ending or frame >= args.total_timesteps
-        if saving:
+        save = save or score or ending or frame >= args.total_timesteps
+        if save:
             replay.steps.flush()
-        if saving and rank == 0:
+        if save and rank == 0:
             state = dict(agent=agent.state_dict(), optimizer=agent.optimizer_state(), replay=replay.state_dict())
             with open(f"{run}/checkpoint.tmp", "wb") as file:
                 torch.save(state | {"progress": (frame, updates, budget)}, file)
@@ -1163,13 +1164,13 @@ def train(args):
         # Log
         bar.update(frame - before)
         for env in np.flatnonzero(record["is_last"]):
-            scores = {key: value[env] for key, value in info["log"].items() if key[0] != "_"}
+            scores = {key: value[env] for key, value in info["log"].items() if key[0] != "_"}  # _: masks
             scores["episodic_length"] = info["episode"]["l"][env] * args.action_repeat
             scores["episodic_return"] = info["episode"]["r"][env]
             for key, value in scores.items():
                 writer.add_scalar(f"charts/{key}", value, frame)
             bar.set_postfix_str(f"return {scores['episodic_return']:.1f}, updates {updates}", refresh=False)
-        if passed(args.log_every) and updates > counted and rank == 0:
+        if log and updates > counted and rank == 0:
             row = dict(zip(metrics, totals / (updates - counted), strict=True)) | {"charts/updates": updates}
             row["charts/SPS"] = (frame - bar.initial) / bar.format_dict["elapsed"]
             for key, value in row.items():
@@ -1177,19 +1178,19 @@ def train(args):
             totals, counted = 0.0, updates
 
         # Evaluate
-        if passed(args.eval_every) and rank == 0:
+        if score and rank == 0:
             with torch.compiler.set_stance("force_eager"):  # many shapes, once each
                 if data and args.batch_length > 5:  # of which it sees 5
                     video = open_loop(agent, {key: value[:4] for key, value in data.items()})
                     writer.add_video("video/open_loop", video[None], frame, fps=15, dataformats="NTHWC")
                 scores = evaluate(agent, args, [1, args.seed, frame], f"{run}/videos/{frame}", stop)
-            for key, value in {} if stop else scores.items():
+            for key, value in scores.items():
                 writer.add_scalar(f"eval/{key}", value.mean(), frame)
                 writer.add_scalar(f"eval/{key}_std", value.std(), frame)
     envs.close()
     bar.close()
     writer.close()
-    print(f"{'stopped' if stop else 'done'} at frame {frame} and saved: --resume {run}")
+    print(f"{'stopped' if stop else 'done'} at frame {frame} after {updates} updates, saved: --resume {run}")
     if stop:
         sys.exit(128 + stop[0])
 

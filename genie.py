@@ -154,7 +154,6 @@ PRESETS = {  # by --preset
     | dict(ffn=0.5, tokenizer_batch_size=64, batch_size=256)
     | dict(log_every=1_000_000, save_every=10_000_000, eval_every=100_000_000, eval_episodes=512),
 }
-SCRIPT = Args().exp_name
 
 
 def parse_args(argv=None):
@@ -165,8 +164,8 @@ def parse_args(argv=None):
     if run:
         path = Path(run, "args.json")
         given = json.loads(path.read_text() if path.exists() else "{}") | dict(resume=None, evaluate=None, clone=None)
-        if given.pop("script", None) != SCRIPT or given.keys() - vars(Args()).keys():
-            sys.exit(f"{run} is no run of {SCRIPT}.py, or of another version")
+        if given.pop("script", None) != Args.exp_name or given.keys() - vars(Args()).keys():
+            sys.exit(f"{run} is no run of {Args.exp_name}.py, or of another version")
         given = {key: tuple(value) if isinstance(value, list) else value for key, value in given.items()}
     args = tyro.cli(Args, args=argv, default=Args(**{"obs": "pixels"} | given | dict(env_kwargs={})), description=text)
     args.env_kwargs = args.env_kwargs or given.get("env_kwargs", {})  # as a default, tyro would make a flag of each
@@ -180,8 +179,10 @@ def parse_args(argv=None):
             sys.exit(f"--{name.replace('_', '-')} {value}: the least is {least}")
     args.image_width = args.image_width or args.image_size
     wide = args.image_width != args.image_size and not args.video_dir
-    if args.obs != "pixels" or args.context >= args.clip_length or wide:
-        sys.exit("--obs must be pixels, --context less than --clip-length, and --image-width is for files alone")
+    if args.obs != "pixels" or args.capture_video or args.context >= args.clip_length or wide:
+        sys.exit("--obs must be pixels, --context below --clip-length, --image-width with files, no --capture-video")
+    if not min(args.temperature, args.fps, args.ffn) > 0:
+        sys.exit("--temperature, --fps and --ffn must be above 0")
     return args
 
 
@@ -200,7 +201,7 @@ def is_image(space):
 
 
 class EpisodeLog(gym.Wrapper):
-    """Reduces infos to info["log"]: the episode's highest success, and of each number in the environment's own log."""
+    """Reduces infos to info["log"]: the episode's highest values of success and of the environment's own log."""
 
     def reset(self, **kwargs):
         self.log = {}
@@ -220,7 +221,7 @@ class DictObservation(gym.ObservationWrapper):
         super().__init__(env)
         self.keys, spaces = {}, {}
         for key, part in env.observation_space.items():
-            name = key + "_" * (key in ("reward", "action", "deter", "stoch", *FLAGS))
+            name = f"{key}_" if key in ("reward", "action", "deter", "stoch", *FLAGS) else key
             self.keys[name] = key
             if not isinstance(part, VECTORS):
                 gym.logger.warn(f"the observation {key!r} is left out, it is no image and no vector: {part}")
@@ -272,15 +273,15 @@ def make_env(args, video=None):
         game = next((name for name in gym.registry if name.lower() == game.lower()), game)
         options |= dict(frameskip=1, max_num_frames_per_episode=108_000, full_action_space=full)
         env = gym.make(game, repeat_action_probability=0.25 if full else 0.0, **options)
-        env = gym.wrappers.AtariPreprocessing(env, 30, repeat, (160, 210), grayscale_obs=False)
+        env = gym.wrappers.AtariPreprocessing(env, frame_skip=repeat, screen_size=(160, 210), grayscale_obs=False)
         shrink = lambda x: np.asarray(Image.fromarray(x).resize((size, size), Image.BILINEAR))  # noqa: E731
-        grey = lambda x: (shrink(x) @ [[0.299], [0.587], [0.114]]).astype(np.uint8)  # noqa: E731
+        grey = lambda x: (shrink(x) * [0.299, 0.587, 1 - (0.299 + 0.587)]).sum(-1)[..., None].astype("u1")  # noqa: E731
         space = gym.spaces.Box(0, 255, (size, size, 1 if full else 3), np.uint8)
-        env, repeat = gym.wrappers.TransformObservation(env, grey if full else shrink, space), 1
+        env = gym.wrappers.TransformObservation(env, grey if full else shrink, space)
     else:
-        env = gym.make(args.env_id.replace("ALE/", "ale_py:ALE/", args.env_id.startswith("ALE/")), **options)
+        env = gym.make(re.sub("^ALE/", "ale_py:ALE/", args.env_id), **options)
     env = EpisodeLog(env)
-    if repeat > 1:
+    if repeat > 1 and suite not in ("atari", "atari100k"):
         env = gym.wrappers.RepeatAction(env, repeat)
     space, action = env.observation_space, env.action_space
     if not isinstance(space, gym.spaces.Dict):
@@ -338,9 +339,12 @@ class Video:
             file.truncate(count * self.sizes[name])
 
     def add(self, image, action):
-        """Appends a frame of each stream: (streams, H, W, 3), (streams,)."""
-        self.files["image"].write(np.ascontiguousarray(image))
-        self.files["action"].write(np.asarray(action, np.int64).tobytes())
+        """Appends a frame of each stream: (streams, H, W, 3), (streams,). Exits if the disk is full."""
+        try:
+            self.files["image"].write(np.ascontiguousarray(image))
+            self.files["action"].write(np.asarray(action, np.int64).tobytes())
+        except OSError as error:
+            sys.exit(f"{self.folder}: {error}")
         self.count += 1
 
     def index(self, tail=0.1):
@@ -409,7 +413,8 @@ def record_files(args, folder, stop=()):
     if not paths and not os.path.exists(folder):
         sys.exit(f"--video-dir {args.video_dir} has no video files: {kinds}")
     video, done = Video(folder, args), Path(folder, "done")
-    lines = [line.split(" ", 1) for line in done.read_text().splitlines()] if done.exists() else [("0", "")]
+    read = lambda: done.read_text(errors="surrogateescape").splitlines()  # noqa: E731, names in any encoding
+    lines = [line.split(" ", 1) for line in read()] if done.exists() else [("0", "")]
     video.cut(int(lines[-1][0]))
     for path in tqdm(sorted({*paths} - {name for _, name in lines}), unit="files", desc="recording"):
         start, problem = video.count, ""
@@ -418,16 +423,16 @@ def record_files(args, folder, stop=()):
                 video.add(image, [-int(is_first)])
                 if stop:
                     return video
-        except (OSError, ValueError, IndexError, MemoryError) as error:  # FFmpeg's errors are among them
+        except (av.FFmpegError, AttributeError, OSError, ValueError, IndexError, MemoryError) as error:
             problem = f": {error}"
         if video.count - start < args.clip_length:
-            tqdm.write(f"skipped {path}, {video.count - start} frames{problem}")
+            tqdm.write(f"skipped {path!a}, {video.count - start} frames{problem}")
             video.cut(start)
-        with done.open("a") as file:
+        with done.open("a", errors="surrogateescape") as file:
             file.write(f"{video.count} {path}\n")
     if not video.count:
         sys.exit(f"none of the {len(paths)} files in {args.video_dir} can be used")
-    counts = {line.split()[0] for line in done.read_text().splitlines()} - {"0"}
+    counts = {line.split()[0] for line in read()} - {"0"}
     print(f"{len(counts)} of {len(paths)} files are used, {video.count:,} frames")
     return video
 
@@ -436,16 +441,17 @@ def read_frames(path, args):
     """Frames of a file at --fps, upright, (H, W, 3); whether each begins anew: after a cut, damage, a jump in time.
     At each tick of the clock the next frame of the file is shown; a jump is more than a second, on or back."""
     with av.open(path) as file:
-        stream, last, before, due, damaged = file.streams.video[0], None, None, 0.0, False
+        stream, last, before, due, damaged, bad = file.streams.video[0], None, None, 0.0, False, None
         stream.codec_context.options = {"err_detect": "explode"}  # what is damaged is an error, not a guess
         step = float(1 / (stream.average_rate or 25))
         for packet in file.demux(stream):
             try:
                 frames = packet.decode()
             except av.FFmpegError:
-                frames, damaged = [], True
-            for frame in frames:
-                damaged = (damaged or frame.is_corrupt) and not frame.key_frame  # until one that needs no other
+                frames, damaged, bad = [], True, packet.pts
+            for frame in frames:  # those before the damage can come after the error
+                whole = frame.key_frame and (bad is None or frame.pts is None or frame.pts > bad)
+                damaged = frame.is_corrupt or damaged and not whole  # until one that needs no other
                 if damaged:
                     before = None
                     continue
@@ -796,10 +802,9 @@ class Dynamics(nn.Module):
 class Policy(nn.Module):
     """What to do, of `actions` classes, after up to four frames (appendix E): learnt from video."""
 
-    length = 4
-
     def __init__(self, args, actions):
         super().__init__()
+        self.length = min(4, args.clip_length - 1)
         self.args, numbers, patches = args, 3 * args.patch**2, num_patches(args.patch, args)
         self.reader = Reader(replace(args, compile=False), args.lam_encoder, self.length, patches, numbers, actions)
 
@@ -809,7 +814,8 @@ class Policy(nn.Module):
 
     def learn(self, video, device, agent=None):
         """--clone-steps updates on clips of a video, with the latent actions that an agent infers, or the true ones."""
-        args, optimizer = self.args, torch.optim.AdamW(self.parameters(), self.args.learning_rate)
+        args, adamw = self.args, torch.optim.AdamW
+        optimizer = adamw(self.parameters(), args.learning_rate, (0.9, 0.96), weight_decay=args.weight_decay)
         for i in tqdm(range(args.clone_steps), unit="updates", desc="latent actions" if agent else "true actions"):
             clips, action = video.sample(args.batch_size, [args.seed, i], device)
             target = (agent.infer(clips)[1] if agent else action)[:, : self.length]
@@ -932,13 +938,13 @@ class Graph:
     captured and from then on replayed. The next call overwrites the outputs. On a CPU it is the function itself."""
 
     def __init__(self, function, device):
-        self.function, self.plain = function, 3 if device.type == "cuda" else math.inf
+        self.function, self.graph, self.plain = function, None, 3 if device.type == "cuda" else math.inf
 
     def __call__(self, *inputs):
-        self.plain -= 1
-        if self.plain >= 0:
+        if self.plain > 0:
+            self.plain -= 1
             return self.function(*inputs)
-        if self.plain == -1:
+        if not self.graph:
             self.inputs, self.graph = tree_map(torch.clone, inputs), torch.cuda.CUDAGraph()
             with torch.cuda.graph(self.graph):
                 self.outputs = self.function(*self.inputs)
@@ -1112,11 +1118,13 @@ def train(args):
     run = args.resume or f"{args.run_dir}/{name[0]}"
     saved = load(run, agent) if args.resume and os.path.exists(f"{run}/checkpoint.pt") else {}
     frame, updates = saved.get("frame", 0), agent.updates.long().tolist()
+    if updates[1] and updates[0] < args.tokenizer_steps:
+        sys.exit("--tokenizer-steps cannot grow: the dynamics have learnt the tokens of this tokenizer")
     if rank == 0:
         if not args.resume and not args.video_dir:
             make_envs(args, 1).close()  # exits if that cannot be
         os.makedirs(run, exist_ok=True)
-        Path(f"{run}/args.tmp").write_text(json.dumps(asdict(args) | {"script": SCRIPT}, indent=1))
+        Path(f"{run}/args.tmp").write_text(json.dumps(asdict(args) | {"script": Args.exp_name}, indent=1))
         os.replace(f"{run}/args.tmp", f"{run}/args.json")
         if args.track:
             import wandb
@@ -1128,7 +1136,8 @@ def train(args):
 
     stop = []
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # the first ends in good order, the next at once
-        signal.signal(number, lambda number, _: os._exit(128 + number) if stop else stop.append(number))
+        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # which nohup ignores
+            signal.signal(number, lambda number, _: os._exit(128 + number) if stop else stop.append(number))
 
     # Stage 1, by the first process: video
     if rank == 0:
@@ -1139,9 +1148,9 @@ def train(args):
         agent.prompts.copy_(video.get(video.some_held_out(len(agent.prompts)), device)[0][:, :-1])
 
     # Stages 2 and 3: the tokenizer, then LAM and dynamics
-    passed = lambda every: every and frame // every > before // every  # noqa: E731
     plan = (args.tokenizer_steps, args.tokenizer_batch_size), (args.steps, args.batch_size)
     total = args.clip_length * sum(steps * size for steps, size in plan)
+    intervals = args.save_every, args.log_every, args.eval_every
     bar = tqdm(total=total, initial=frame, unit="frames", disable=rank > 0, smoothing=0.05)
     for stage, (steps, size) in enumerate(plan):
         update, ahead, totals, counted = Graph(partial(agent.update, stage), device), None, 0.0, updates[stage]
@@ -1155,15 +1164,16 @@ def train(args):
                 ahead = video.sample(size // world, [args.seed, sum(updates) + 1, rank], device)
             asked = torch.tensor(float(len(stop)), device=device)  # whether to stop, by a signal to any process
             *values, ending = average(torch.stack([*metrics.values(), asked])).tolist()
-            if not np.isfinite(values).all():
-                bad = [key for key, value in metrics.items() if not value.isfinite()]
+            bad = [key for key, value in zip(metrics, values, strict=True) if not np.isfinite(value)]
+            if bad:
                 sys.exit(f"\nnot finite in update {sum(updates) + 1}: {bad}; the last checkpoint is kept")
             totals, updates[stage] = totals + np.array(values), updates[stage] + 1
             before, frame = frame, frame + size * args.clip_length
+            save, log, score = (n and frame // n > before // n for n in intervals)
 
             # Save: the checkpoint is there whole or not at all; the video lies beside it
             done = updates == [args.tokenizer_steps, args.steps]
-            if rank == 0 and (passed(args.save_every) or passed(args.eval_every) or ending or done):
+            if rank == 0 and (save or score or ending or done):
                 state = dict(agent=agent.state_dict(), frame=frame)
                 state["optimizers"] = [optimizer.state_dict()["state"] for optimizer in agent.optimizers]
                 with open(f"{run}/checkpoint.tmp", "wb") as file:
@@ -1176,7 +1186,7 @@ def train(args):
 
             # Log
             bar.update(frame - before)
-            if passed(args.log_every):
+            if log:
                 row = dict(zip(metrics, totals / (updates[stage] - counted), strict=True))
                 row["charts/SPS"] = (frame - bar.initial) / bar.format_dict["elapsed"]
                 row["charts/updates"] = sum(updates)
@@ -1185,7 +1195,7 @@ def train(args):
                 totals, counted = 0.0, updates[stage]
 
             # Evaluate
-            if passed(args.eval_every) or args.eval_every and done:
+            if score or args.eval_every and done:
                 with torch.compiler.set_stance("force_eager"):  # many shapes, once each
                     for key, value in measure(agent, args, video).items():
                         writer.add_scalar(key, value, frame)
@@ -1205,7 +1215,7 @@ def clone(args):
     (agent, _), args.video_dir, rng = load_run(args, args.clone), None, np.random.default_rng(args.seed)
     if not hasattr(make_env(args).unwrapped, "expert"):
         sys.exit(f"--clone: {args.env_id} has no method expert(), whose actions the video is to show")
-    video, device = record(args, f"{args.clone}/expert", expert=True).index(), agent.device
+    video, device = record(args, f"{args.clone}/expert/{args.env_id}", expert=True).index(), agent.device
     envs = gym.vector.SyncVectorEnv([lambda: make_env(args)] * args.eval_episodes)
     count = int(envs.single_action_space.n)
     oracle = Policy(args, count).to(device).learn(video, device)

@@ -183,11 +183,11 @@ def main(run, video, prompt, seed, port, cuda):
         signal.signal(number, lambda *_: sys.exit(0))
     sys.path.append(os.getcwd())
     try:
-        start = {"options": {"prompt": Image.open(prompt).filename}} if prompt else {}  # of a picture, or it ends here
+        start = {"options": {"prompt": Image.open(prompt).convert("RGB") and prompt}} if prompt else {}
         with open(f"{run}/args.json") as file, open(f"{run}/checkpoint.pt"):
             script = importlib.import_module(json.load(file)["script"])
-    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
-        sys.exit(f"play.py: {run} cannot be played: {error}")
+    except (OSError, ValueError, KeyError, TypeError, ImportError, Image.DecompressionBombError) as error:
+        sys.exit(f"play.py: {run}{f' from {prompt}' if prompt else ''} cannot be played: {error}")
     args = script.parse_args(["--evaluate", run, "--cuda" if cuda else "--no-cuda"])
     dream = script.Dream(*script.load_run(args, run))
     if prompt and hasattr(dream, "env"):

@@ -95,7 +95,7 @@ class Args:
     # World Models. Defaults: the paper's and the authors' code for CarRacing
     quick: bool = False  # the suite's small preset: CarRacing-v3 within an hour on two CPU cores
     iterations: int = 1  # times that all stages are gone through; from the second on, the controller collects
-    rollouts: int = 10_000  # collect: episodes of each iteration
+    rollouts: int = 10_000  # collect: episodes that are played in each iteration
     policy: Literal["agent", "brown", "held"] = "agent"  # collect: random agents, a random walk, held actions
     collect_patience: int = 0  # collect: steps without positive reward after which an episode is left; 0 for never
     collect_noise: float = 0.1  # collect, from the second iteration on: deviation of noise on the controller's outputs
@@ -154,13 +154,12 @@ PRESETS = {  # by the first word of --env-id; -quick: with --quick; -dream: with
     ),
     "vizdoomtakecover": dict(
         total_timesteps=100_000_000, num_envs=os.cpu_count(), time_limit=2100, image_size=96, crop=5 / 6, policy="held",
-        shortest=100, stoch=64, deter=512, restart_input=True, done_weight=10.0, vae_updates=308_000,
+        rollouts=12_800, shortest=100, stoch=64, deter=512, restart_input=True, done_weight=10.0, vae_updates=308_000,
         rnn_updates=24_400, batch_length=499, rnn_decay=0.99999, moves=True, controller_inputs="zch",
         controller_bias=False, train_controller_in="dream", temperature=1.15, dream_length=2100, eval_episodes=100,
         save_every=1000,  # temperature: of the paper; code: 1.25
     ),
 }  # fmt: skip
-SCRIPT = Args().exp_name
 SIDE, CHUNK = 64, 256  # height and width of what V sees; frames that it encodes at once
 
 
@@ -177,8 +176,8 @@ def parse_args(argv=None):
     if run:
         path = Path(run, "args.json")
         given = json.loads(path.read_text() if path.exists() else "{}") | dict(resume=None, evaluate=None)
-        if given.pop("script", None) != SCRIPT or given.keys() - vars(Args()).keys():
-            sys.exit(f"{run} is no run of {SCRIPT}.py, or of another version")
+        if given.pop("script", None) != Args.exp_name or given.keys() - vars(Args()).keys():
+            sys.exit(f"{run} is no run of {Args.exp_name}.py, or of another version")
     given |= dict(eval_episodes=100) if args.evaluate else {}  # as in the paper
     args = tyro.cli(Args, args=argv, default=Args(**given | dict(env_kwargs={})), description=text)
     args.env_kwargs = args.env_kwargs or given.get("env_kwargs", {})  # as a default, tyro would make a flag of each
@@ -209,7 +208,7 @@ def is_image(space):
 
 
 class EpisodeLog(gym.Wrapper):
-    """Reduces infos to info["log"]: the episode's highest success, and of each number in the environment's own log."""
+    """Reduces infos to info["log"]: the episode's highest values of success and of the environment's own log."""
 
     def reset(self, **kwargs):
         self.log = {}
@@ -229,7 +228,7 @@ class DictObservation(gym.ObservationWrapper):
         super().__init__(env)
         self.keys, spaces = {}, {}
         for key, part in env.observation_space.items():
-            name = key + "_" * (key in ("reward", "action", "deter", "stoch", *FLAGS))
+            name = f"{key}_" if key in ("reward", "action", "deter", "stoch", *FLAGS) else key
             self.keys[name] = key
             if not isinstance(part, VECTORS):
                 gym.logger.warn(f"the observation {key!r} is left out, it is no image and no vector: {part}")
@@ -281,11 +280,11 @@ def make_env(args, video=None):
         game = next((name for name in gym.registry if name.lower() == game.lower()), game)
         options |= dict(frameskip=1, max_num_frames_per_episode=108_000, full_action_space=full)
         env = gym.make(game, repeat_action_probability=0.25 if full else 0.0, **options)
-        env, repeat = gym.wrappers.AtariPreprocessing(env, 30, repeat, size, grayscale_obs=full), 1
+        env = gym.wrappers.AtariPreprocessing(env, frame_skip=repeat, screen_size=size, grayscale_obs=full)
     else:
-        env = gym.make(args.env_id.replace("ALE/", "ale_py:ALE/", args.env_id.startswith("ALE/")), **options)
+        env = gym.make(re.sub("^ALE/", "ale_py:ALE/", args.env_id), **options)
     env = EpisodeLog(env)
-    if repeat > 1:
+    if repeat > 1 and suite not in ("atari", "atari100k"):
         env = gym.wrappers.RepeatAction(env, repeat)
     space, action = env.observation_space, env.action_space
     if not isinstance(space, gym.spaces.Dict):
@@ -730,8 +729,8 @@ def rollout(seed, params=None, video=None, policy="controller", noise=0.0, patie
     if policy == "agent":  # as the authors': V, M and C are drawn anew, from Cauchy distributions of a random width
         scale = rng.uniform(0, 0.01)
         params = scale * torch.empty_like(behaviour.params).cauchy_()
-        for weight in model.parameters():
-            weight.data.cauchy_().mul_(scale)
+        for weight in model.parameters():  # V and M are so small, by their set_model_params, that z is noise
+            weight.data.cauchy_().mul_(scale / 10_000)
     if params is not None:
         behaviour.params.copy_(torch.as_tensor(params))
     obs, _ = env.reset(seed=seed)
@@ -786,6 +785,7 @@ def collect(args, agent, rollouts, at):
 def learn_v(args, agent, rollouts, at):
     """V, from frames of the episodes that are not held out."""
     steps = np.concatenate([[], *rollouts.episodes(held_out=False)]).astype(int)
+    steps = steps[~rollouts.arrays["is_terminal"][steps]]  # ViZDoom's are black
     if not len(steps):
         sys.exit("no episode was kept but for the one that scores M: collect more, or --shortest less")
     while True:
@@ -1018,7 +1018,7 @@ def train(args):
     longest = limit if args.whole_episodes else -(-limit // args.action_repeat)  # after an end, no action is repeated
     capacity = args.iterations * args.rollouts * (longest + 1)
     rollouts = Rollouts(f"{folder}/replay", agent.layout(), capacity, saved.get("count", 0))
-    Path(f"{folder}/args.tmp").write_text(json.dumps(asdict(args) | {"script": SCRIPT}, indent=1))
+    Path(f"{folder}/args.tmp").write_text(json.dumps(asdict(args) | {"script": Args.exp_name}, indent=1))
     os.replace(f"{folder}/args.tmp", f"{folder}/args.json")
     if args.track:
         import wandb
@@ -1030,7 +1030,8 @@ def train(args):
 
     stop, rows = [], []
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # the first ends in good order, the next at once
-        signal.signal(number, lambda number, _: os._exit(128 + number) if stop else stop.append(number))
+        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # which nohup ignores
+            signal.signal(number, lambda number, _: os._exit(128 + number) if stop else stop.append(number))
     at = SimpleNamespace(folder=folder, stop=stop, frames=frames)
     stages = (collect, learn_v, encode, learn_m, evolve)
     for iteration, (number, stage) in product(range(args.iterations), enumerate(stages)):
@@ -1057,10 +1058,9 @@ def train(args):
                 if ending or tick // args.save_every > before // args.save_every:
                     for array in rollouts.arrays.values():
                         array.flush()
-                    state = dict(agent=agent.state_dict(), optimizer=agent.optimizer.state_dict(), memory=at.memory)
-                    progress = (place, at.done), tick, at.frames
+                    state = dict(agent=agent.state_dict(), optimizer=agent.optimizer.state_dict(), count=rollouts.count)
                     with open(f"{folder}/checkpoint.tmp", "wb") as file:
-                        torch.save(state | dict(progress=progress, count=rollouts.count), file)
+                        torch.save(state | dict(progress=((place, at.done), tick, at.frames), memory=at.memory), file)
                         file.flush()
                         os.fsync(file.fileno())
                     os.replace(f"{folder}/checkpoint.tmp", f"{folder}/checkpoint.pt")

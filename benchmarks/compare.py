@@ -97,7 +97,7 @@ def collect():
         total = int(GRID[panel][1].split()[1])
         means = {frame: window(points, frame, total // 10) for frame in range(total // 10, total + 1, total // 10)}
         values = means | {"end": score(cell)}
-        MEASURED[cell] = [[panel, label, seed, frame, f"{value:.3f}"] for frame, value in values.items()]
+        MEASURED[cell] = [[panel, label, seed, str(frame), f"{value:.3f}"] for frame, value in values.items()]
         MEASURED[cell][-1].append(f"{GRID[panel][2][label]} {GRID[panel][1]}")
     rows = [row for cell in CELLS for row in MEASURED.get(cell, [])]
     with open(CSV, "w", newline="") as file:

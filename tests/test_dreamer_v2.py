@@ -339,7 +339,7 @@ def test_ends_are_prioritised(tmp_path):
 def test_episodes_that_are_overwritten_are_gone(tmp_path):
     replay = a_replay(script, tmp_path, [10, 10, 10, 10], capacity=25)
     assert set(drawn(replay, 100)) == set(range(20, 26))
-    again = script.Replay(f"{tmp_path}/0", replay.steps.dtype, 1, 25, 5, replay.state_dict())
+    again = a_replay(script, tmp_path, [], capacity=25, saved=replay.state_dict())
     assert set(drawn(again, 100)) == set(range(20, 26)) and again.count == replay.count
     assert len(a_replay(script, tmp_path / "long", [10, 40, 1], capacity=25)) == 0
 

@@ -101,7 +101,7 @@ def test_no_frame_sees_a_later_one():
     assert changes(lam.latent, clip(), 0) == [0, 1, 2]
     lam = make("--lam-change").lam
     assert changes(lam.latent, clip(), 0) == [0] and changes(lam.latent, clip(), 2) == [1, 2]  # sees nothing else
-    policy = s.Policy(agent.args, 5)
+    policy = s.Policy(make("--clip-length", "5").args, 5)
     assert changes(policy, clip(), 2) == [2, 3]
     ids = torch.randint(16, (2, 4, 16))
     other = ids.clone()
@@ -436,6 +436,30 @@ def test_damaged_files(tmp_path):
     assert np.abs(levels[starts[1] :] - good[starts[1] - len(levels) :]).max() < 6
 
 
+@pytest.mark.parametrize("damaged", [17, 18, 19, 22, 25])
+def test_a_key_frame_that_comes_after_the_error_but_is_from_before_it_ends_no_damage(damaged, tmp_path):
+    """Frames that others refer to are decoded first, and come out in the order of their time."""
+    good = np.random.default_rng(0).integers(20, 220, 80)
+    write_video(tmp_path / "a.mp4", good, 10, g="20", size=(240, 320))
+    with pytest.importorskip("av").open(str(tmp_path / "a.mp4")) as file:
+        packet = [packet for packet in file.demux(video=0) if packet.size][damaged]
+        place, size = packet.pos, packet.size
+    whole = bytearray((tmp_path / "a.mp4").read_bytes())
+    whole[place + 4 : place + size] = bytes(size - 4)  # after the length
+    (tmp_path / "b.mp4").write_bytes(whole)
+    levels, starts, _ = read(tmp_path / "b.mp4", cut=1.0)
+    assert 60 < len(levels) < 78 and len(starts) == 2
+    assert np.abs(levels[: starts[1]] - good[: starts[1]]).max() < 6
+    assert np.abs(levels[starts[1] :] - good[starts[1] - len(levels) :]).max() < 6
+
+
+def test_a_disk_that_is_full(tmp_path):
+    """What was recorded before is not taken for all that a file shows."""
+    video = s.Video(str(tmp_path), make("--image-size", "16").args)
+    with open("/dev/full", "ab", 0) as video.files["image"], pytest.raises(SystemExit, match="No space"):
+        video.add(np.zeros(video.shape, np.uint8), [0])
+
+
 def test_a_folder_of_files(tmp_path, capsys):
     """Resized, cut; what is empty, short or no video is named and left out; what is new is added later."""
     folder = tmp_path / "videos"
@@ -446,13 +470,15 @@ def test_a_folder_of_files(tmp_path, capsys):
     write_video(folder / "one.mp4", [20], fps=10)
     (folder / "empty.mp4").write_bytes(b"")
     (folder / "noise.mkv").write_bytes(np.random.default_rng(0).bytes(5000))
+    (folder / "empty.gif").write_bytes(b"")
+    shutil.copy(folder / "empty.gif", os.fsencode(folder) + b"/\xe9t\xe9.avi")  # no UTF-8
     (folder / "notes.txt").write_text("no video")
     args = make("--video-dir", str(folder)).args
     video = s.record(args, str(tmp_path / "run")).index()
     out = capsys.readouterr()
     told = [line for line in lines((out.out + out.err).replace("\r", "\n")) if "skipped" in line or "used" in line]
-    assert told[-1] == "2 of 6 files are used, 70 frames" and len(told) == 5
-    for name in ("short", "one", "empty", "noise"):
+    assert told[-1] == "2 of 8 files are used, 70 frames" and len(told) == 7
+    for name in ("short", "one", "empty.mp4", "noise", "empty.gif", ".avi"):
         assert any(name in line for line in told)
     assert np.flatnonzero(video.action[:, 0] < 0).tolist() == [0, 20, 40]
     assert abs(int(video.image[0].mean()) - 20) < 8 and abs(int(video.image[69].mean()) - 220) < 8
@@ -650,7 +676,7 @@ def test_clone(copy, capsys):
     out = run_script(s, "--clone", copy, *flags, cwd=copy).stdout
     rows = dict(re.findall(r"^(.+): (-?[\d.]+) ± [\d.]+$", out, re.MULTILINE))
     assert len(rows) == 11 and 2 < float(rows["random play"]) < 35  # 12.5 expected
-    actions = np.fromfile(copy / "expert/action", np.int64)
+    actions = np.fromfile(copy / "expert/environments.pond:Pond-v0/action", np.int64)
     assert len(actions) == 1500 and set(actions) == {-1, 0, 1, 2, 3, 4}
 
 
@@ -668,6 +694,9 @@ def test_what_does_not_fit_is_refused(copy, refused, tmp_path, monkeypatch):
     assert "--context" in refused(s, *tiny(s), "--context", "4")
     assert "--image-width" in refused(s, *tiny(s), "--image-width", "32")
     assert "--steps 0" in refused(s, *tiny(s), "--steps", "0")
+    assert "above 0" in refused(s, *tiny(s), "--temperature", "0")
+    assert "no --capture-video" in refused(s, *tiny(s), "--capture-video")
+    assert "--tokenizer-steps cannot grow" in refused(s, "--resume", copy, "--tokenizer-steps", "99")
     assert "one image" in refused(s, *tiny(s), "--env-id", "toy_envs:Mixed-v0", "--total-timesteps", 50)
     assert "no_such" in refused(s, *tiny(s), "--env-id", "no_such:Thing-v0")
     assert "too few clips" in refused(s, *tiny(s), *SQUARE[:2], "--total-timesteps", "8")

@@ -22,7 +22,7 @@ LAYOUT = {
     "reward": ((), "float32"),
     **{key: ((), "bool") for key in ("is_first", "is_last", "is_terminal")},
 }
-DTYPE = np.dtype([(key, dtype, shape) for key, (shape, dtype) in LAYOUT.items()])
+DTYPE = np.dtype([*((key, dtype, shape) for key, (shape, dtype) in LAYOUT.items()), ("count", "i8")])
 CPU = torch.device("cpu")
 
 
@@ -136,7 +136,7 @@ def test_it_holds_what_lists_hold(ported, tmp_path, capacity):
             state = replay.state_dict()
             replay.steps.flush()
             replay, lists.restarted = ported.Replay(f"{tmp_path}/0", DTYPE, ENVS, capacity, L, state), True
-    for key, step in itertools.product(DTYPE.names, range(lists.first(), 2000)):
+    for key, step in itertools.product(LAYOUT, range(lists.first(), 2000)):
         held = replay.steps[key][step % capacity]
         np.testing.assert_array_equal(held, lists.steps[step][key], err_msg=f"{key} {step}")
 
@@ -182,7 +182,7 @@ def add_episode(replay, steps, whole=True):
 
 def a_replay(script, folder, lengths, capacity=1000, **options):
     """One stream of episodes of these lengths, the last one not over."""
-    dtype = np.dtype([("number", "i8"), *((key, "?") for key in script.FLAGS)])
+    dtype = np.dtype([("number", "i8"), *((key, "?") for key in script.FLAGS), ("count", "i8")])
     replay = script.Replay(f"{folder}/0", dtype, 1, capacity, 5, **options)
     for number, steps in enumerate(lengths, 1):
         add_episode(replay, steps, number < len(lengths))
@@ -206,6 +206,18 @@ def test_complete_episodes_are_drawn_equally_often_then_their_sequences(name, tm
     data = replay.sample(20, np.random.default_rng(0), CPU)
     assert (data["number"] == data["number"][:, :1] + torch.arange(5)).all()
     assert (data["is_first"] == (torch.arange(5) == 0)).all()
+
+
+@pytest.mark.parametrize("name", ["planet", "dreamer_v1", "dreamer_v2"])
+@pytest.mark.parametrize("steps, whole", [(0, {10, 20}), (6, {10, 20}), (7, {20}), (21, set())])
+def test_what_was_overwritten_after_the_checkpoint_is_not_drawn_after_a_kill(name, steps, whole, tmp_path):
+    """The ring holds 36 steps: the first episode, the oldest, is gone with the 7th step after the 40th."""
+    script = importlib.import_module(name)
+    replay = a_replay(script, tmp_path, [10, 10, 10, 10], capacity=36)
+    state = replay.state_dict()
+    add_episode(replay, steps, whole=False)
+    again = a_replay(script, tmp_path, [], capacity=36, saved=state)
+    assert set(again.episodes[:, 0]) == whole and again.count == 40
 
 
 def held(folder):
@@ -245,7 +257,7 @@ import sys, numpy as np, torch, {script} as s
 def resident():
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("RssAnon")) / 1024
 dtype = np.dtype([("image", "u1", (64, 64, 3)), ("reward", "f4"), ("deter", "f4", (512,)), ("stoch", "u1", (32,)),
-                  *((key, "?") for key in s.FLAGS)])
+                  *((key, "?") for key in s.FLAGS), ("count", "i8")])
 frames, path = int(sys.argv[1]), sys.argv[2] + "/0"
 step = {{key: np.zeros(1, dtype)[key] for key in dtype.names}}
 step["image"] = np.random.default_rng(0).integers(0, 256, (1, 64, 64, 3), np.uint8)

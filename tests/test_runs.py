@@ -294,6 +294,18 @@ def test_a_signal_saves_and_says_how_to_resume(new_house, flags, number, group, 
     go_on(new_house, run)
 
 
+def test_nohup(new_house, tmp_path):
+    """A terminal that is closed stops no run that was started with it."""
+    patch = "import signal\nsignal.signal(signal.SIGHUP, signal.SIG_IGN)"
+    process = start(new_house, tmp_path, *TOY, "--total-timesteps", 10**6, patch=patch)
+    process.send_signal(signal.SIGHUP)
+    before = frames(only_run(tmp_path))
+    wait_for(lambda: frames(only_run(tmp_path)) > before + 40, process)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=20)
+    assert process.returncode == 128 + signal.SIGTERM
+
+
 @slow
 def test_a_second_signal_leaves_an_evaluation_that_never_ends(new_house, tmp_path):
     patch = """

@@ -489,10 +489,21 @@ def test_a_rollout_keeps_what_happened(play, policy):
     for key, where in (("is_first", 0), ("is_last", 20), ("is_terminal", 20)):
         assert np.flatnonzero(kept[key]).tolist() == [where]
     assert not kept["action"][0].any() and (kept["action"][1:].sum(1) == 1).all()
-    obs, _ = agent.world_model.spaces and script.WORKER["env"].reset(seed=3)
+    obs, _ = script.WORKER["env"].reset(seed=3)
     seen = [obs["image"], *(script.WORKER["env"].step(action.argmax())[0]["image"] for action in kept["action"][1:])]
     frames = agent.world_model.frame({"image": torch.as_tensor(np.array(seen))}).numpy()
     assert np.array_equal(kept["image"], frames)
+
+
+def test_random_agents_act_on_noise(play):
+    """V and M are nearly zero in the authors' agents, so that z is normal, and most C turn it into many actions."""
+    flags, means, varied = "toy_envs:Image-v0 --stoch 32 --deter 256", [], []
+    for seed in range(10):
+        (_, _, kept), agent = play(flags, seed=seed, policy="agent", keep=True)
+        white = agent.world_model.frame({"image": torch.full((1, 64, 64, 3), 255, dtype=torch.uint8)})
+        means.append(agent.world_model.encoder(white).abs().max().item())
+        varied.append(kept["action"][1:].std(0).any())
+    assert max(means) < 0.1 and sum(varied) > 5
 
 
 def test_whole_episodes_go_on_after_their_end(play):
