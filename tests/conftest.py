@@ -103,6 +103,7 @@ def run_here(script, args, cwd):
     """Calls a script's main with random states as unknown as a new process's, and leaves nothing behind."""
     code, folder, precision = 0, os.getcwd(), torch.get_float32_matmul_precision()
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # also where the tests run under nohup
     out, err = (io.TextIOWrapper(io.BytesIO(), write_through=True) for _ in range(2))
     torch.seed()
     random.seed()
