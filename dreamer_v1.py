@@ -1011,7 +1011,7 @@ def train(args):
 
     stop = []
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # the first ends in good order, the next at once
-        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # which nohup ignores
+        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup has it ignored
             signal.signal(number, lambda number, _: os._exit(128 + number) if stop else stop.append(number))
     act, update = Graph(agent.act, device), Graph(agent.update, device)
     rng = np.random.default_rng([0, args.seed, frame])
@@ -1066,7 +1066,7 @@ def train(args):
         # Log
         bar.update(frame - before)
         for env in np.flatnonzero(record["is_last"]):
-            scores = {key: value[env] for key, value in info["log"].items() if key[0] != "_"}  # _: masks
+            scores = {key: value[env] for key, value in info["log"].items() if key[0] != "_"}  # no masks
             scores["episodic_length"] = info["episode"]["l"][env] * args.action_repeat
             scores["episodic_return"] = info["episode"]["r"][env]
             for key, value in scores.items():

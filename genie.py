@@ -1136,7 +1136,7 @@ def train(args):
 
     stop = []
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # the first ends in good order, the next at once
-        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # which nohup ignores
+        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup has it ignored
             signal.signal(number, lambda number, _: os._exit(128 + number) if stop else stop.append(number))
 
     # Stage 1, by the first process: video

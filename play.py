@@ -183,7 +183,7 @@ def main(run, video, prompt, seed, port, cuda):
         signal.signal(number, lambda *_: sys.exit(0))
     sys.path.append(os.getcwd())
     try:
-        start = {"options": {"prompt": Image.open(prompt).convert("RGB") and prompt}} if prompt else {}
+        start = {"options": {"prompt": Image.open(prompt).convert("RGB") and prompt}} if prompt else {}  # or exits
         with open(f"{run}/args.json") as file, open(f"{run}/checkpoint.pt"):
             script = importlib.import_module(json.load(file)["script"])
     except (OSError, ValueError, KeyError, TypeError, ImportError, Image.DecompressionBombError) as error:

@@ -1030,7 +1030,7 @@ def train(args):
 
     stop, rows = [], []
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # the first ends in good order, the next at once
-        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # which nohup ignores
+        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup has it ignored
             signal.signal(number, lambda number, _: os._exit(128 + number) if stop else stop.append(number))
     at = SimpleNamespace(folder=folder, stop=stop, frames=frames)
     stages = (collect, learn_v, encode, learn_m, evolve)

@@ -254,8 +254,11 @@ def test_all_gradients_come_before_the_first_step():
     """Unlike later Dreamers: the behaviour learns from the world model as it was when the sequences were encoded."""
     agent, data = small(script)
     torch.manual_seed(1)
-    expected = gradients_by_name(agent, data)
-    taken = {}
+    losses, _ = all_losses(script, agent, data)
+    model = [name for name in losses if name not in ("actor_loss", "critic_loss")]
+    total = sum({"continue_loss": agent.args.continue_scale}.get(name, 1.0) * losses[name].mean() for name in model)
+    totals = {"world_model": total, "actor": losses["actor_loss"].mean(), "critic": losses["critic_loss"].mean()}
+    expected, taken = {name: gradients(loss, agent.optimizers[name].params) for name, loss in totals.items()}, {}
     for name, optimizer in agent.optimizers.items():
         original = optimizer.step
         optimizer.step = lambda grads, name=name, original=original: (taken.update({name: grads}), original(grads))[1]
@@ -264,16 +267,6 @@ def test_all_gradients_come_before_the_first_step():
     for name, grads in expected.items():
         for mine, theirs in zip(taken[name], grads, strict=True):
             close(mine, theirs)
-
-
-def gradients_by_name(agent, data):
-    """What each optimizer is to get, each computed alone."""
-    losses, _ = all_losses(script, agent, data)
-    scales = {"continue_loss": agent.args.continue_scale}
-    model = [name for name in losses if name not in ("actor_loss", "critic_loss")]
-    total = sum(scales.get(name, 1.0) * losses[name].mean() for name in model)
-    totals = {"world_model": total, "actor": losses["actor_loss"].mean(), "critic": losses["critic_loss"].mean()}
-    return {name: gradients(loss, agent.optimizers[name].params) for name, loss in totals.items()}
 
 
 def test_free_nats_apply_to_the_average():

@@ -105,8 +105,7 @@ def test_what_is_no_run_gets_one_line(run, missing, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "prompt, word",
-    [("docs/compare.png", "genie.py"), ("README.md", "identify"), ("a.png", "a.png"), ("half", "truncated")],
+    "prompt, word", [("docs/compare.png", "genie.py"), ("README.md", "identify"), ("a.png", "a.png"), ("half", "cated")]
 )
 def test_what_is_no_start_for_a_dream_gets_one_line(run, prompt, word, tmp_path):
     (tmp_path / "half").write_bytes((ROOT / "docs/compare.png").read_bytes()[:9999])

@@ -169,7 +169,8 @@ def test_parity_states_along_sequences_with_restarts(golden):
         close(deter, deters[:, t].detach())
 
 
-def set_heads(golden, agent):
+def test_parity_heads_and_loss(golden):
+    agent = make_cell(golden)
     weight, bias = (torch.as_tensor(golden[key]) for key in ("head_w", "head_b"))
     model = agent.world_model
     with torch.no_grad():  # ours predicts that the episode goes on, theirs that it restarts
@@ -177,12 +178,6 @@ def set_heads(golden, agent):
         model.continue_head.bias.copy_(-bias[:1])
         model.rssm.mixture_head.weight.copy_(weight[:, 1:].T)
         model.rssm.mixture_head.bias.copy_(bias[1:])
-
-
-def test_parity_heads_and_loss(golden):
-    agent = make_cell(golden)
-    set_heads(golden, agent)
-    model = agent.world_model
     state = torch.cat(tensors(golden, "lstm0_h", "lstm0_c"), -1)
     logits, mean, log_std = model.rssm.mixture(state)
     close(logits.log_softmax(-1), golden["head_logpi"], **FLOAT)
