@@ -90,6 +90,7 @@ def run_script(script, *args, cwd, code=0, timeout=120, patch=None, fresh=False,
 def spawn(script, folder, *args, patch=None, **env):
     """A script as a process, with a process group of its own."""
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    pipes["preexec_fn"] = lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL)  # also under nohup
     return subprocess.Popen(command(script, *args, patch=patch), cwd=folder, env=environment(**env), **pipes)
 
 
