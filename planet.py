@@ -186,7 +186,7 @@ class DictObservation(gym.ObservationWrapper):
         super().__init__(env)
         self.keys, spaces = {}, {}
         for key, part in env.observation_space.items():
-            name = f"{key}_" if key in ("reward", "action", "deter", "stoch", *FLAGS) else key
+            name = f"{key}_" if key in ("reward", "action", "deter", "stoch", "count", *FLAGS) else key
             self.keys[name] = key
             if not isinstance(part, VECTORS):
                 gym.logger.warn(f"the observation {key!r} is left out, it is no image and no vector: {part}")

@@ -210,12 +210,12 @@ def test_an_unknown_space_is_left_out_with_a_line(capsys):
     run(env, 5)
 
 
-RESERVED = {"is_first", "is_last", "is_terminal", "reward", "action", "deter", "stoch"}  # keys of the replay
+RESERVED = {"is_first", "is_last", "is_terminal", "reward", "action", "deter", "stoch", "count"}  # keys of the replay
 
 
 def test_no_key_of_an_observation_gets_lost():
     env = make("toy_envs:Keys-v0")
-    assert len(env.observation_space) == 9 and not set(env.observation_space) & RESERVED
+    assert len(env.observation_space) == 10 and not set(env.observation_space) & RESERVED
     run(env, 5)
 
 

@@ -138,7 +138,7 @@ OBSERVATIONS = {name: spaces.Box(0, 255, shape, np.uint8) for name, shape in BYT
     "Binary": spaces.MultiBinary(4),
     "Classes": spaces.MultiDiscrete([3, 4]),
     "Mission": spaces.Dict(image=IMAGE, mission=Mission()),
-    "Keys": spaces.Dict({key: VECTOR for key in "reward action deter stoch is_first a.b a/b type keys".split()}),
+    "Keys": spaces.Dict({key: VECTOR for key in "reward action deter stoch count is_first a.b a/b type keys".split()}),
 }
 for name, space in OBSERVATIONS.items():
     register(f"{name}-v0", observation=space)
