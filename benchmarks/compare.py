@@ -1,11 +1,11 @@
 """The same small tasks for PlaNet, DreamerV1, V2 and V3, over several seeds: a CSV, and a figure (takes matplotlib).
 
-    nohup python benchmarks/compare.py --jobs 2 &         # run what is missing of the whole grid, then draw
-    python benchmarks/compare.py --panels glide catch     # a part of it; --jobs 0: only draw what there is
+    python benchmarks/compare.py --jobs 0 --panels glide catch horizon ablations    # draw docs/compare.png from the CSV
+    python benchmarks/compare.py --jobs 2 --panels cartpole --figure cartpole.png   # run what is missing, then draw
 
-Runs in runs/compare/<game>/<label>/<seed> that are finished are skipped, and so are those that the CSV has from
-elsewhere; cut ones are resumed. The CSV has the means of training episodes (they explore) over a tenth of the frames,
-and at the end the evaluation. Take a cell's rows out to run it again.
+Runs that are finished in runs/compare/<game>/<label>/<seed> are skipped, and so are those that the CSV has; runs that
+were cut are resumed. To run a cell again, delete its rows from the CSV and its folder. The CSV has the means of
+training episodes (they explore) over a tenth of the frames, and at the end the evaluation.
 """
 
 import argparse
@@ -108,9 +108,10 @@ def collect():
     return curves
 
 
-def draw(curves):
+def draw(curves, panels, path):
     """A panel each: training over frames, then evaluation; mean over seeds, and range; dotted: random play."""
-    panels = sorted({panel for panel, _ in curves}, key=list(GRID).index)
+    known = {panel for panel, _ in curves}
+    panels = [panel for panel in GRID if panel in known.intersection(panels)]
     rows = -(-len(panels) // 2)
     figure, axes = plt.subplots(rows, 2, figsize=(10, 4 * rows), squeeze=False, layout="tight")
     for axis, panel in zip(axes.flat, panels, strict=False):
@@ -129,17 +130,18 @@ def draw(curves):
         axis.legend(fontsize=8)
     for axis in axes.flat[len(panels) :]:
         axis.remove()
-    figure.savefig(ROOT / "docs/compare.png", dpi=120, facecolor="white")  # on a dark page too
+    figure.savefig(path, dpi=120, facecolor="white")  # on a dark page too
 
 
 def main():
     parser = argparse.ArgumentParser(usage=__doc__)
     parser.add_argument("--jobs", type=int, default=1, help="runs at once, each on one core; 0: only draw")
-    parser.add_argument("--panels", nargs="*", default=list(GRID), choices=GRID, help="parts of the grid to run")
+    parser.add_argument("--panels", nargs="*", default=list(GRID), choices=GRID, help="parts to run and draw")
+    parser.add_argument("--figure", default=ROOT / "docs/compare.png", help="file to draw into")
     options = parser.parse_args()
     with ThreadPoolExecutor(max(options.jobs, 1)) as pool:
         list(pool.map(run, [cell for cell in CELLS if options.jobs and cell[0] in options.panels]))
-    draw(collect())
+    draw(collect(), options.panels, options.figure)
 
 
 if __name__ == "__main__":
