@@ -64,6 +64,16 @@ def test_unknown_flags_and_values_are_refused(house, flag, tmp_path):
     assert flag.split()[0] in run_script(house, *flag.split(), cwd=tmp_path, code=2).stderr
 
 
+def test_the_commands_of_readme_and_docs_are_valid(house):
+    """Every training command, as it stands; what takes a run stands in other tests, benchmarks/ is run by hand."""
+    text = "\n".join(path.read_text() for path in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")))
+    flags = re.findall(rf"python {house.__name__}\.py\b([^`#]*?)(?:$|`| #)", text.replace("\\\n", ""), re.MULTILINE)
+    flags = [line.split() for line in flags if not re.search("<|…", line)]
+    assert flags
+    for line in flags:
+        house.parse_args(line)
+
+
 ZERO = (
     "seed eval_every warmup prefill pretrain overshooting_distance tokenizer_warmup lam_shift "
     "shortest controller_hidden brake collect_patience patience dream_context".split()

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from conftest import ROOT, checkpoint, environment, last_video, lines, metrics, only_run, run_script, scalars, tiny
 from gymnasium.utils.env_checker import check_env
 from PIL import Image
-from test_runs import same
+from test_runs import same, undocumented
 from test_shapes import check
 
 import genie as s
@@ -502,13 +502,7 @@ def test_a_run_from_end_to_end(finished):
     assert os.path.getsize(finished / "video/action") == 400 * 8
     height, width = np.array(last_video(finished, "video/latent_actions").shape[1:3]) // 16
     assert (height, width) == (3, 2 + 5)  # prompts; the truth, its actions, each of the five codes
-
-
-def test_the_docs_explain_every_key(finished):
-    documented = re.findall(r"`(\w+/[^`]+)`", (ROOT / "docs/genie.md").read_text())
-    patterns = [re.sub(r"<\w+>", r"\\w+", key) for key in documented]
-    keys = {*scalars(finished), "video/latent_actions"}
-    assert not [key for key in keys if not any(re.fullmatch(pattern, key) for pattern in patterns)]
+    assert not undocumented(s, finished)
 
 
 def test_evaluate_repeats_and_records_again_what_is_gone(copy):

@@ -3,6 +3,7 @@
 import importlib
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -27,6 +28,7 @@ from conftest import (
     lines,
     metrics,
     only_run,
+    read_events,
     run_script,
     scalars,
     spawn,
@@ -342,15 +344,25 @@ def test_an_evaluation_that_was_stopped_is_no_result(new_house, tmp_path, monkey
     assert metrics(run) and not any(key.startswith("eval/") for _, key, _ in metrics(run))
 
 
+def undocumented(script, run):
+    """Keys in the log of a run that the script's page does not explain."""
+    keys = re.findall(r"`(\w+/[^`]+)`", (ROOT / f"docs/{script.__name__}.md").read_text())
+    patterns = "|".join(re.sub(r"<\w+>", ".+", key) for key in keys)
+    tags = read_events(run).Tags()
+    return [key for key in tags["scalars"] + tags["images"] if not re.fullmatch(patterns, key)]
+
+
 @pytest.mark.parametrize("kind", ["", "Image"])
 def test_success_and_what_an_environment_logs(ported, kind, tmp_path):
     """The largest of each episode, also of frames that action repeat hides, and the success of evaluations."""
     flags = ["--env-id", f"toy_envs:Success{kind}-v0", "--num-envs", 2, "--eval-every", 60, "--action-repeat", 2]
-    rows = metrics(train(ported, tmp_path, *flags, frames=80))
+    run = train(ported, tmp_path, *flags, frames=80)
+    rows = metrics(run)
     seen = {key: {value for _, name, value in rows if name == key} for _, key, _ in rows}
     assert seen["charts/success"] == seen["eval/success"] == {1.0}
     assert (seen["charts/steps/taken"], seen["charts/low"]) == ({20.0}, {-1.0})
     assert not any("/_" in key for key in seen)  # which say what environments gave a value
+    assert not undocumented(ported, run)
 
 
 def test_lengths_are_frames(ported, tmp_path):
