@@ -1,11 +1,11 @@
 """Our learning curves over the published ones: a table, and a figure for each script, which takes matplotlib.
 
-    python benchmarks/curves.py                      # the runs in benchmarks/results -> docs/curves_<script>.png
-    python benchmarks/curves.py runs/<run> [...]     # these runs
+    python benchmarks/curves.py runs/<run> [...]     # these runs -> curves_<script>.png
+    python benchmarks/curves.py --out docs           # the runs in benchmarks/results -> docs/curves_<script>.png
 
 Published points (benchmarks/published) are means over seeds of the mean episode return in a window of frames that ends
 at the point; ours are computed in the same windows from `charts/episodic_return`, and not smoothed otherwise. A run is
-read from its metrics.csv (frame, key, value), which is made from its TensorBoard events where it is missing. A run lies
+read from its metrics.csv (frame, key, value), which is made from its TensorBoard events, where it has some. A run lies
 inside if it is within two standard deviations of the published mean. Genie has no returns: of its runs the metrics on
 held-out clips are drawn.
 """
@@ -13,6 +13,7 @@ held-out clips are drawn.
 import argparse
 import collections
 import csv
+import glob
 import json
 import os
 
@@ -38,8 +39,8 @@ def write_csv(folder):
 def read_run(folder):
     """A run directory -> its arguments and the (frame, value) points of each key."""
     with open(f"{folder}/args.json") as file:
-        args = json.load(file)
-    if not os.path.exists(f"{folder}/metrics.csv"):
+        args = json.load(file) | {"name": os.path.basename(os.path.normpath(folder)).split("__", 2)[-1]}
+    if glob.glob(f"{glob.escape(folder)}/events.out.*"):
         write_csv(folder)
     points = collections.defaultdict(list)
     with open(f"{folder}/metrics.csv", newline="") as file:
@@ -89,8 +90,8 @@ def start_figure(script, panels):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    rows = -(-panels // 2)
-    figure, axes = plt.subplots(rows, 2, figsize=(10, 3.5 * rows), squeeze=False)
+    rows, columns = -(-panels // 2), min(panels, 2)
+    figure, axes = plt.subplots(rows, columns, figsize=(5 * columns, 3.5 * rows), squeeze=False)
     figure.suptitle(script)
     for axis in axes.flat[panels:]:
         axis.remove()
@@ -122,14 +123,13 @@ def draw(script, runs, path):
             panel.plot(frames, means, color="0.5", label="published, mean ± 2 std")
         for args, points in runs_of_task:
             training, evaluation = points["charts/episodic_return"], points["eval/episodic_return"]
-            name = f"seed {args['seed']}" + (f", size {args['size']}" if "size" in args else "")
-            (dots,) = panel.plot(*zip(*training, strict=True), ".", markersize=3, alpha=0.5, label=f"training, {name}")
+            (dots,) = panel.plot(*zip(*training, strict=True), ".", markersize=3, alpha=0.5, label=args["name"])
             if evaluation:
-                panel.plot(*zip(*evaluation, strict=True), "o-", color=dots.get_color(), label=f"evaluation, {name}")
+                panel.plot(*zip(*evaluation, strict=True), "o-", color=dots.get_color())
         panel.set_title(f"{task[0]} ({task[1] or 'as it is'})")
         panel.set_xlabel("environment frames")
-        panel.set_ylabel("return")
-        panel.legend(fontsize=7)
+        panel.set_ylabel("return (dots: training; line: evaluation)")
+        panel.legend(fontsize=7, loc="upper left")
     save_figure(figure, path)
 
 
@@ -138,7 +138,7 @@ def draw_metrics(script, runs, path, keys):
     figure, panels = start_figure(script, len(keys))
     for panel, key in zip(panels, keys, strict=True):
         for args, points in runs:
-            panel.plot(*zip(*points[key], strict=True), "o-", label=f"{args['env_id']}, seed {args['seed']}")
+            panel.plot(*zip(*points[key], strict=True), "o-", label=args["name"])
         panel.set_title(key)
         panel.set_xlabel("frames of video")
         panel.legend(fontsize=7)
@@ -148,7 +148,7 @@ def draw_metrics(script, runs, path, keys):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="*", help="run directories (default: those in benchmarks/results)")
-    parser.add_argument("--docs", default=os.path.join(HERE, "..", "docs"), help="folder of the figures")
+    parser.add_argument("--out", default=".", help="folder of the figures")
     options = parser.parse_args()
     results = f"{HERE}/results"
     folders = options.runs or [f"{results}/{name}" for name in sorted(os.listdir(results))]
@@ -167,7 +167,7 @@ def main():
             for frame, value in evaluation:
                 print(f"  {frame:>9,} frames: {value:7.1f}   evaluation")
     for script, runs in scripts.items():
-        path = os.path.join(options.docs, f"curves_{script}.png")
+        path = os.path.join(options.out, f"curves_{script}.png")
         if any(points["charts/episodic_return"] for _, points in runs):
             draw(script, runs, path)
         else:
