@@ -260,17 +260,12 @@ def make_env(args, video=None):
     if pixels or video:
         options["render_mode"] = "rgb_array"
     if suite == "dmc":
-        import shimmy  # noqa: F401, registers the tasks
-
         options["render_kwargs"] = dict(width=size, height=size, camera_id=2 if task.startswith("quadruped") else 0)
-        env = gym.make(f"dm_control/{re.sub('^cup', 'ball_in_cup', task)}-v0", **options)
+        env = gym.make(f"shimmy:dm_control/{re.sub('^cup', 'ball_in_cup', task)}-v0", **options)
         vis = env.unwrapped.physics.model.vis  # shadows of half resolution: a third faster, 0.1 % of pixels differ
         vis.quality.shadowsize, vis.global_.offwidth, vis.global_.offheight = 1024, size, size
     elif suite in ("atari", "atari100k"):
-        import ale_py  # noqa: F401, registers the games
-
-        game, full = f"ALE/{re.sub('[-_]', '', task)}-v5", suite == "atari"
-        game = next((name for name in gym.registry if name.lower() == game.lower()), game)
+        game, full = f"ale_py:ALE/{re.sub('[-_]', '', task.title())}-v5", suite == "atari"
         options |= dict(frameskip=1, max_num_frames_per_episode=108_000, full_action_space=full)
         env = gym.make(game, repeat_action_probability=0.25 if full else 0.0, **options)
         env = gym.wrappers.AtariPreprocessing(env, frame_skip=repeat, screen_size=(160, 210), grayscale_obs=False)
