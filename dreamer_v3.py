@@ -242,8 +242,7 @@ def make_env(args, video=None):
     suite, _, task = args.env_id.partition("-")
     size, repeat, pixels = args.image_size, args.action_repeat, args.obs in ("pixels", "both")
     options = args.env_kwargs | dict(max_episode_steps=args.time_limit, disable_env_checker=True)
-    if pixels or video:
-        options["render_mode"] = "rgb_array"
+    options |= {"render_mode": "rgb_array"} if pixels or video else {}
     if suite == "dmc":
         options["render_kwargs"] = dict(width=size, height=size, camera_id=2 if task.startswith("quadruped") else 0)
         env = gym.make(f"shimmy:dm_control/{re.sub('^cup', 'ball_in_cup', task)}-v0", **options)
@@ -260,9 +259,7 @@ def make_env(args, video=None):
         env = gym.wrappers.TransformObservation(env, grey if full else shrink, space)
     else:
         env = gym.make(re.sub("^ALE/", "ale_py:ALE/", args.env_id), **options)
-    env = EpisodeLog(env)
-    if repeat > 1 and suite not in ("atari", "atari100k"):
-        env = gym.wrappers.RepeatAction(env, repeat)
+    env = gym.wrappers.RepeatAction(EpisodeLog(env), 1 if suite in ("atari", "atari100k") else repeat)
     space, action = env.observation_space, env.action_space
     if not isinstance(space, gym.spaces.Dict):
         name = "image" if is_image(space) else "vector"
