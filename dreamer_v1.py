@@ -24,8 +24,6 @@ What changed since planet.py:
       Replay.add, train, train_every, train_steps, prefill, pretrain, seed_episodes, parse_args.
 [C10] The representation may be learnt from images or rewards alone: WorldModel.loss, representation_from.
 
-Ablations: `--no-critic` ends returns at the horizon; `--imagination-horizon 5`; `--representation-from image|reward`.
-
 Not copied from the authors' code: one draw of the latents' noise for all sequences of a batch; sequences that never
 hold an episode's last step, which the continue head needs; an update to create variables; a prefill counted in
 finished episodes; a life of a game as an episode. Not in the authors' code: observations that are vectors.

@@ -27,9 +27,6 @@ What changed since dreamer_v1.py:
 [C11] The last sequence of an episode is drawn more often; 2M steps are kept: Replay, prioritise_ends, replay_size.
 [C12] Made for games, the control suite is a preset: tanh_rewards, predict_continue, continue_scale, deter, hidden.
 
-Ablations: --classes 1 Gaussian latents, --kl-balance 0.5, --imagination-horizon 5, --slow-critic-every 1, --no-critic,
---representation-from image|reward, --actor-gradient dynamics|both, --behaviour-from replay: nothing is imagined.
-
 Not copied from the authors' code: the episode cut by the prefill's end joined with the next; initial weights of its own
 for the slow critic; an update to create variables; some games' fewer actions (paper: 18); vectors without scalars.
 

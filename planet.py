@@ -10,9 +10,6 @@ A world model (encoder, recurrent state-space model, decoder, reward head) learn
 policy: before every action, the agent searches the model for the actions with the largest sum of rewards. This takes
 120,000 steps of the model, as much work as learning, and is done in float32 under --amp too.
 
-Ablations: `--dynamics ssm` has no recurrent state, `--dynamics rnn` no noise and no KL loss; `--overshooting-distance
-50`; `--planner random-shooting`; `--planning-horizon`, of 1 to 30 steps; `--activation elu`; `--bits 8`.
-
 Not copied from the authors' code: several environments' candidates scored from one another's states; an overshooting
 loss that is not a number beyond the sequence; a layer each for mean and deviation; new episodes drawn only after the
 current 20 updates. Not in paper or code: vectors, discrete actions (the largest of A planned numbers), Atari.
