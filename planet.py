@@ -227,8 +227,7 @@ def make_env(args, video=None):
         vis.quality.shadowsize, vis.global_.offwidth, vis.global_.offheight = 1024, size, size
     elif suite in ("atari", "atari100k"):
         game, full = f"ale_py:ALE/{re.sub('[-_]', '', task.title())}-v5", suite == "atari"
-        options |= dict(frameskip=1, max_num_frames_per_episode=108_000, full_action_space=full)
-        env = gym.make(game, repeat_action_probability=0.25 if full else 0.0, **options)
+        env = gym.make(game, frameskip=1, full_action_space=full, repeat_action_probability=0.25 * full, **options)
         env = gym.wrappers.AtariPreprocessing(env, frame_skip=repeat, screen_size=size, grayscale_obs=full)
     else:
         env = gym.make(re.sub("^ALE/", "ale_py:ALE/", args.env_id), **options)
