@@ -266,11 +266,7 @@ def make_env(args, video=None):
     elif suite in ("atari", "atari100k"):
         game, full = f"ale_py:ALE/{re.sub('[-_]', '', task.title())}-v5", suite == "atari"
         env = gym.make(game, frameskip=1, full_action_space=full, repeat_action_probability=0.25 * full, **options)
-        env = gym.wrappers.AtariPreprocessing(env, frame_skip=repeat, screen_size=(160, 210), grayscale_obs=False)
-        shrink = lambda x: np.asarray(Image.fromarray(x).resize((size, size), Image.BILINEAR))  # noqa: E731
-        grey = lambda x: (shrink(x) * [0.299, 0.587, 1 - (0.299 + 0.587)]).sum(-1)[..., None].astype("u1")  # noqa: E731
-        space = gym.spaces.Box(0, 255, (size, size, 1 if full else 3), np.uint8)
-        env = gym.wrappers.TransformObservation(env, grey if full else shrink, space)
+        env = gym.wrappers.AtariPreprocessing(env, frame_skip=repeat, screen_size=size, grayscale_obs=full)
     else:
         env = gym.make(re.sub("^ALE/", "ale_py:ALE/", args.env_id), **options)
     env = gym.wrappers.RepeatAction(EpisodeLog(env), 1 if suite in ("atari", "atari100k") else repeat)
