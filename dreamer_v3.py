@@ -885,32 +885,26 @@ class Agent(nn.Module):
         """The state before a sequence, from the latents that the replay holds."""
         return data["deter"], F.one_hot(data["stoch"].long(), self.args.classes).float()
 
-    def loss(self, data):
-        """Batch -> losses (means, by name), the scaled sum, the new latents, stats; Eq. 4 (arXiv:2301.04104v2)."""
+    def update(self, data):
+        """One gradient step on a batch from the replay -> the new latents, metrics by key; never waits for the GPU."""
         args = self.args
         with self.autocast():
             losses, deter, stoch, feat, stats = self.world_model.loss(data, self.start(data))
             more, more_stats = self.behaviour.loss(self.world_model, data, deter, stoch, feat)
         losses = {name: loss.mean() for name, loss in (losses | more).items()}
         scales = dict(dyn_loss=args.dyn_scale, rep_loss=args.rep_scale, replay_critic_loss=args.replay_critic_scale)
-        total = sum(scales.get(name, 1.0) * loss for name, loss in losses.items())
-        latents = {"deter": deter.detach(), "stoch": stoch.detach().argmax(-1).to(torch.int16)}
-        return losses, total, latents, stats | more_stats
-
-    def update(self, data):
-        """One gradient step on a batch from the replay -> the new latents, metrics by key; never waits for the GPU.
-        data: observations (B, T, ...), action, reward, flags, and the latents before it: deter (B, D), stoch (B, S)."""
-        losses, total, latents, stats = self.loss(data)
+        total = sum(scales.get(name, 1.0) * loss for name, loss in losses.items())  # Eq. 4 (arXiv:2301.04104v2)
         # in one layout, for NCCL and so that the optimizer's operations run as one kernel each
         grads = [grad.contiguous() for grad in torch.autograd.grad(total, self.trained)]
         if dist.is_initialized():
             for grad in grads:
                 dist.all_reduce(grad.div_(dist.get_world_size()))
-        stats |= self.optimizer.step(grads)
+        stats |= more_stats | self.optimizer.step(grads)
         slow, fast = self.behaviour.slow_critic.parameters(), self.behaviour.critic.parameters()
         with torch.no_grad():
-            torch._foreach_lerp_(list(slow), list(fast), self.args.slow_critic_rate)
+            torch._foreach_lerp_(list(slow), list(fast), args.slow_critic_rate)
         metrics = {f"losses/{k}": v for k, v in losses.items()} | {f"stats/{k}": v for k, v in stats.items()}
+        latents = {"deter": deter.detach(), "stoch": stoch.detach().argmax(-1).to(torch.int16)}
         return latents, {key: value.detach().float() for key, value in metrics.items()}
 
     def optimizer_state(self):
