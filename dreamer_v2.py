@@ -624,13 +624,12 @@ class RSSM(nn.Module):
         return tuple(torch.stack(x, 1) for x in zip(*steps, strict=True))
 
     def imagine(self, start, policy, horizon):
-        """What follows a state under a policy, (feat (N, F), t) -> action (N, A): feat (N, P, F), action (N, P, A)."""
+        """What follows a state under a policy, (feat (N, F), t) -> action (N, A): feat (N, P, F), action (N, H, A)."""
         state, feats, actions = start, [feature(*start)], []
         for t in range(horizon):
             actions.append(policy(feats[t], t))
             state = self.img_step(state, actions[t])
             feats.append(feature(*state))
-        actions.append(policy(feats[-1], horizon))
         return torch.stack(feats, 1), torch.stack(actions, 1)
 
 
@@ -736,10 +735,10 @@ class Behaviour(nn.Module):
         self.actor_gradient = gradient if args.actor_gradient == "auto" or replay else args.actor_gradient
 
     def sequences(self, world_model, data, deter, stoch, feat):
-        """What actor and critic learn from: feat (N, P, F), action (N, P, A) taken there, reward, continue (N, P)."""
+        """What actor and critic learn from: feat (N, P, F), action (N, H, A) taken there, reward, continue (N, P)."""
         end = (1 - data["is_terminal"].float()) * self.args.discount  # (B, T)
         if self.args.behaviour_from == "replay":
-            return feat.detach(), data["action"].roll(-1, 1), data["reward"], end
+            return feat.detach(), data["action"][:, 1:], data["reward"], end
         start = deter.detach().flatten(0, 1), stoch.detach().flatten(0, 1)
         policy = lambda feat, t: self.actor.sample(self.actor(feat.detach()))  # noqa: E731
         imag_feat, imag_action = world_model.rssm.imagine(start, policy, self.args.imagination_horizon)
@@ -766,7 +765,7 @@ class Behaviour(nn.Module):
         objective = target = returns[:, 1:]  # (N, L)
         advantage = (target - slow_value[:, :-2]).detach()  # (N, L)
         if self.actor_gradient != "dynamics":
-            objective = policy.log_prob(imag_action[:, :-2]) * advantage  # (N, L)
+            objective = policy.log_prob(imag_action[:, :-1]) * advantage  # (N, L)
         if self.actor_gradient == "both":  # a continuous action has a gradient in log_prob too: so in the authors' code
             objective = args.actor_gradient_mix * target + (1 - args.actor_gradient_mix) * objective  # (N, L)
         losses = {"actor_loss": -weight[:, :-2] * (objective + args.entropy_scale * entropy)}
@@ -981,7 +980,7 @@ def open_loop(agent, data, context=5):
     model, action, T = agent.world_model, data["action"], data["action"].shape[1]
     seen = [x[:, :context] for x in (model.encoder(data), action, data["is_first"])]
     deter, stoch, _ = model.rssm.observe(*seen, agent.start(data))
-    replayed = lambda _, t: action[:, min(context + t, T - 1)]  # noqa: E731
+    replayed = lambda _, t: action[:, context + t]  # noqa: E731
     dream, _ = model.rssm.imagine((deter[:, -1], stoch[:, -1]), replayed, T - context)
     decoded = model.decode(torch.cat([feature(deter, stoch), dream[:, 1:]], 1))
     truth, dream = [picture({key: obs[key].cpu().numpy() for key in decoded}) for obs in (data, decoded)]

@@ -652,13 +652,12 @@ class RSSM(nn.Module):
         return tuple(torch.stack(x, 1) for x in zip(*steps, strict=True))
 
     def imagine(self, start, policy, horizon):
-        """What follows a state under a policy, (feat (N, F), t) -> action (N, A): feat (N, P, F), action (N, P, A)."""
+        """What follows a state under a policy, (feat (N, F), t) -> action (N, A): feat (N, P, F), action (N, H, A)."""
         state, feats, actions = start, [feature(*start)], []
         for t in range(horizon):
             actions.append(policy(feats[t], t))
             state = self.img_step(state, actions[t])
             feats.append(feature(*state))
-        actions.append(policy(feats[-1], horizon))
         return torch.stack(feats, 1), torch.stack(actions, 1)
 
 
@@ -776,7 +775,7 @@ class Behaviour(nn.Module):
         scale = self.scale(returns)
         advantage = (returns - value[:, :-1]) / scale  # (N, H)
         policy = actor(imag_feat[:, :-1])
-        log_prob, entropy = policy.log_prob(imag_action[:, :-1]), policy.entropy()  # (N, H)
+        log_prob, entropy = policy.log_prob(imag_action), policy.entropy()  # (N, H)
         losses = {"actor_loss": -weight * (log_prob * advantage + args.entropy_scale * entropy)}
         losses["critic_loss"] = weight * twohot_loss(critic_logit[:, :-1], returns, slow_value[:, :-1])  # (N, H)
 
@@ -993,7 +992,7 @@ def open_loop(agent, data, context=5):
     model, action, T = agent.world_model, data["action"], data["action"].shape[1]
     seen = [x[:, :context] for x in (model.encoder(data), action, data["is_first"])]
     deter, stoch, _ = model.rssm.observe(*seen, agent.start(data))
-    replayed = lambda _, t: action[:, min(context + t, T - 1)]  # noqa: E731
+    replayed = lambda _, t: action[:, context + t]  # noqa: E731
     dream, _ = model.rssm.imagine((deter[:, -1], stoch[:, -1]), replayed, T - context)
     decoded = model.decode(torch.cat([feature(deter, stoch), dream[:, 1:]], 1))
     truth, dream = [picture({key: obs[key].cpu().numpy() for key in decoded}) for obs in (data, decoded)]

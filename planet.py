@@ -546,12 +546,12 @@ class RSSM(nn.Module):
 
     def imagine(self, start, policy, horizon):
         """What follows a state under a policy, (feat (N, F), t) -> action (N, A): feat (N, H, F), action (N, H, A)."""
-        state, feats, actions = start, [], []
+        state, feats, actions = start, [feature(*start)], []
         for t in range(horizon):
-            actions.append(policy(feature(*state), t))
+            actions.append(policy(feats[t], t))
             state = self.img_step(state, actions[t])
             feats.append(feature(*state))
-        return torch.stack(feats, 1), torch.stack(actions, 1)
+        return torch.stack(feats[1:], 1), torch.stack(actions, 1)
 
     def overshoot(self, deter, stoch, post, action, distance):
         """KL of the posterior, a constant here, from predictions over 2, 3, ... steps; Eq. 7 (arXiv:1811.04551v5).
