@@ -631,9 +631,8 @@ class WorldModel(nn.Module):
 
     def decode(self, feat):
         """(B, T, F) -> observations as the environment gives them, key -> (B, T, ...)."""
-        means = self.decoder(feat)
-        images = {key: ((means[key] + 0.5) * 255).clamp(0, 255).round().byte() for key in self.decoder.images}
-        return means | images
+        means = self.decoder(feat).items()
+        return {k: ((v + 0.5) * 255).clamp(0, 255).round().byte() if k in self.decoder.images else v for k, v in means}
 
 
 # === Behaviour ========================================================================================================
