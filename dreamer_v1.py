@@ -816,19 +816,17 @@ class Agent(nn.Module):
         with self.autocast():
             losses, deter, stoch, _, stats = self.world_model.loss(data, self.start(data))
             more, more_stats = self.behaviour.loss(self.world_model, deter, stoch)
-        losses = {name: loss.mean() for name, loss in losses.items()}
         scales = {"kl_loss": args.kl_scale, "continue_loss": args.continue_scale}
-        total = sum(scales.get(name, 1.0) * loss for name, loss in losses.items())
-        losses |= {name: loss.mean() for name, loss in more.items()}
-        self.descend(stats, world_model=total, actor=losses["actor_loss"], critic=losses["critic_loss"])
-        stats |= more_stats
+        total = sum(scales.get(name, 1.0) * loss.mean() for name, loss in losses.items())
+        losses = {name: loss.mean() for name, loss in (losses | more).items()}
+        stats |= self.descend(world_model=total, actor=losses["actor_loss"], critic=losses["critic_loss"]) | more_stats
         metrics = {f"losses/{k}": v for k, v in losses.items()} | {f"stats/{k}": v for k, v in stats.items()}
         return {key: value.detach().float() for key, value in metrics.items()}
 
-    def descend(self, stats, **losses):
-        """One step on each loss, by the optimizer's name; all gradients come before the first step."""
+    def descend(self, **losses):
+        """One step on each loss, by the optimizer's name -> norms; all gradients come before the first step."""
         grads = {name: torch.autograd.grad(loss, self.optimizers[name].params) for name, loss in losses.items()}
-        stats |= {f"{name}_grad_norm": self.optimizers[name].step(grad) for name, grad in grads.items()}
+        return {f"{name}_grad_norm": self.optimizers[name].step(grad) for name, grad in grads.items()}
 
     def optimizer_state(self):
         """All that the optimizers depend on besides parameters and gradients, as a list of tensors."""

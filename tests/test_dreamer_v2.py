@@ -160,7 +160,7 @@ def test_parity_behaviour(case):
     scales = {"kl_loss": args.kl_scale, "continue_loss": args.continue_scale}
     total = sum(scales.get(name, 1.0) * loss.mean() for name, loss in losses.items())
     close(total, golden["step1/loss/model"])
-    agent.descend({}, world_model=total)
+    agent.descend(world_model=total)
     behaviour, read = agent.behaviour, lambda name: np.moveaxis(golden[f"step1/imag/{name}"], 0, 1)
     with torch.no_grad():
         with case.samples(case.noise(1, "imagined")):

@@ -211,7 +211,7 @@ def test_only_its_own_optimizer_moves_a_part(dreamer, discrete):
     for trained in ("actor", "critic"):
         before = {name: [p.clone() for p in part.parameters()] for name, part in parts.items()}
         losses, _ = all_losses(dreamer, agent, data)
-        agent.descend({}, **{trained: losses[f"{trained}_loss"].mean()})
+        agent.descend(**{trained: losses[f"{trained}_loss"].mean()})
         for name, part in parts.items():
             moved = any(not torch.equal(a, b) for a, b in zip(before[name], part.parameters(), strict=True))
             assert moved == (name == trained)

@@ -130,7 +130,7 @@ def objective(agent, data):
     """What an update descends on."""
     totals = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(agent, "descend", lambda stats, world_model: totals.append(world_model))
+        patch.setattr(agent, "descend", lambda world_model: totals.append(world_model) or {})
         agent.update(data)
     return totals[0]
 
