@@ -601,9 +601,10 @@ class RSSM(nn.Module):
         """Logits of stoch before the observation: (..., D) -> (..., S, K)."""
         return self.logit(self.prior_net(deter))
 
-    def obs_step(self, state, action, embed, mask):
-        """One step with an observation: mask (B, 1) is 0 where an episode starts -> state, posterior (B, S, K)."""
+    def obs_step(self, state, action, embed, is_first):
+        """One step with an observation; where is_first (B,), all before is forgotten -> state, posterior (B, S, K)."""
         deter, stoch = state
+        mask = 1 - is_first.float().unsqueeze(-1)
         deter = self.gru(deter * mask, stoch * mask.unsqueeze(-1), action * mask)
         post = self.logit(self.post_out(self.post_in(torch.cat([deter, embed], -1))))
         return (deter, self.sample(post)), post
@@ -616,9 +617,8 @@ class RSSM(nn.Module):
     def observe(self, embed, action, is_first, start):
         """Embed (B, T, E), action (B, T, A) that led to each step, is_first (B, T), state before -> posterior states:
         deter (B, T, D), stoch (B, T, S, K), post (B, T, S, K)."""
-        mask = 1 - is_first.float().unsqueeze(-1)
         state, steps = start, []
-        for inputs in zip(action.unbind(1), embed.unbind(1), mask.unbind(1), strict=True):
+        for inputs in zip(action.unbind(1), embed.unbind(1), is_first.unbind(1), strict=True):
             state, post = self.obs_step(state, *inputs)
             steps.append((*state, post))
         return tuple(torch.stack(x, 1) for x in zip(*steps, strict=True))
@@ -842,8 +842,7 @@ class Agent(nn.Module):
         deter, stoch, action = carry
         with self.autocast():
             embed = self.world_model.encoder({key: obs[key].unsqueeze(1) for key in self.spaces}).squeeze(1)
-            mask = 1 - obs["is_first"].float().unsqueeze(-1)
-            (deter, stoch), _ = self.world_model.rssm.obs_step((deter, stoch), action, embed, mask)
+            (deter, stoch), _ = self.world_model.rssm.obs_step((deter, stoch), action, embed, obs["is_first"])
             return deter, stoch, self.policy(deter, stoch, training)
 
     def policy(self, deter, stoch, training=True):

@@ -522,9 +522,10 @@ class RSSM(nn.Module):
             return torch.stack(deter.chunk(2, -1), -1)
         return gaussian(self.prior_net(deter))
 
-    def obs_step(self, state, action, embed, mask):
-        """One step with an observation: mask (B, 1) is 0 where the state is forgotten -> state, posterior (B, S, 2)."""
+    def obs_step(self, state, action, embed, is_first):
+        """One step with an observation; where is_first (B,), the state is forgotten -> state, posterior (B, S, 2)."""
         deter, stoch = state
+        mask = 1 - is_first.float().unsqueeze(-1)
         deter = self.gru(deter * mask, stoch * mask, action)
         post = gaussian(self.post_out(self.post_in(torch.cat([deter, embed], -1))))
         return (deter, self.sample(post)), post
@@ -537,9 +538,8 @@ class RSSM(nn.Module):
     def observe(self, embed, action, is_first, start):
         """Embed (B, T, E), action (B, T, A) that led to each step, is_first (B, T), state before -> posterior states:
         deter (B, T, D), stoch (B, T, S), post (B, T, S, 2)."""
-        mask = 1 - is_first.float().unsqueeze(-1)
         state, steps = start, []
-        for inputs in zip(action.unbind(1), embed.unbind(1), mask.unbind(1), strict=True):
+        for inputs in zip(action.unbind(1), embed.unbind(1), is_first.unbind(1), strict=True):
             state, post = self.obs_step(state, *inputs)
             steps.append((*state, post))
         return tuple(torch.stack(x, 1) for x in zip(*steps, strict=True))
@@ -706,8 +706,8 @@ class Agent(nn.Module):
         deter, stoch, action = carry
         with self.autocast():
             embed = self.world_model.encoder({key: obs[key].unsqueeze(1) for key in self.spaces}).squeeze(1)
-            mask = 1 - obs["is_first"].float().unsqueeze(-1)
-            (deter, stoch), _ = self.world_model.rssm.obs_step((deter, stoch), action * mask, embed, mask)
+            action = action * ~obs["is_first"].unsqueeze(-1)
+            (deter, stoch), _ = self.world_model.rssm.obs_step((deter, stoch), action, embed, obs["is_first"])
         action = self.policy(deter, stoch)
         return deter, stoch, self.explore(action) if training else action
 
