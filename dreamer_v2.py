@@ -492,7 +492,7 @@ class MLP(nn.Sequential):
 
 
 class Encoder(nn.Module):
-    """Observations (B, T, ...) -> embed (B, T, E): vectors through an MLP, images through convolutions."""
+    """Observations (B or B, T, ...) -> embed (..., E): vectors through an MLP, images through convolutions."""
 
     def __init__(self, spaces, args):
         super().__init__()
@@ -511,8 +511,8 @@ class Encoder(nn.Module):
             embed.append(self.layers(torch.cat([obs[key] for key in self.vectors], -1)))
         if self.images:
             image = torch.cat([obs[key] for key in self.images], -1)
-            x = self.convs(image.flatten(0, 1).permute(0, 3, 1, 2) / 255 - 0.5)
-            embed.append(x.permute(0, 2, 3, 1).reshape(*image.shape[:2], -1))
+            x = self.convs(image.flatten(0, -4).permute(0, 3, 1, 2) / 255 - 0.5)
+            embed.append(x.permute(0, 2, 3, 1).reshape(*image.shape[:-3], -1))
         return torch.cat(embed, -1)
 
 
@@ -841,7 +841,7 @@ class Agent(nn.Module):
         """Observations (num_envs, ...) with is_first, what it returned last -> deter, stoch, action: sample or mode."""
         deter, stoch, action = carry
         with self.autocast():
-            embed = self.world_model.encoder({key: obs[key].unsqueeze(1) for key in self.spaces}).squeeze(1)
+            embed = self.world_model.encoder(obs)
             (deter, stoch), _ = self.world_model.rssm.obs_step((deter, stoch), action, embed, obs["is_first"])
             return deter, stoch, self.policy(deter, stoch, training)
 

@@ -420,7 +420,7 @@ class MLP(nn.Sequential):
 
 
 class Encoder(nn.Module):
-    """Observations (B, T, ...) -> embed (B, T, E): vectors through an MLP, images through convolutions."""
+    """Observations (B or B, T, ...) -> embed (..., E): vectors through an MLP, images through convolutions."""
 
     def __init__(self, spaces, args):
         super().__init__()
@@ -440,8 +440,8 @@ class Encoder(nn.Module):
             embed.append(self.layers(torch.cat([obs[key] for key in self.vectors], -1)))
         if self.images:
             image = torch.cat([obs[key] for key in self.images], -1)
-            x = self.convs(preprocess(image.flatten(0, 1), self.bits).permute(0, 3, 1, 2))
-            embed.append(x.permute(0, 2, 3, 1).reshape(*image.shape[:2], -1))
+            x = self.convs(preprocess(image.flatten(0, -4), self.bits).permute(0, 3, 1, 2))
+            embed.append(x.permute(0, 2, 3, 1).reshape(*image.shape[:-3], -1))
         return torch.cat(embed, -1)
 
 
@@ -705,7 +705,7 @@ class Agent(nn.Module):
         The action is the first of a plan that is made afresh; in training, it is disturbed."""
         deter, stoch, action = carry
         with self.autocast():
-            embed = self.world_model.encoder({key: obs[key].unsqueeze(1) for key in self.spaces}).squeeze(1)
+            embed = self.world_model.encoder(obs)
             action = action * ~obs["is_first"].unsqueeze(-1)
             (deter, stoch), _ = self.world_model.rssm.obs_step((deter, stoch), action, embed, obs["is_first"])
         action = self.policy(deter, stoch)
