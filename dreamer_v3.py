@@ -407,7 +407,7 @@ def twohot_loss(logit, *targets):
         low, high = bins[above - 1], bins[above]
         weight = ((target - low) / (high - low)).clamp(0, 1)
         both = log_probs.gather(-1, torch.stack([above - 1, above], -1))
-        loss = loss - (1 - weight) * both[..., 0] - weight * both[..., 1]
+        loss = loss - torch.lerp(both[..., 0], both[..., 1], weight)
     return loss
 
 
@@ -621,9 +621,8 @@ class RSSM(nn.Module):
 
     def probs(self, logit):
         """Logits (..., S*K) -> probabilities (..., S, K) with a uniform share (p. 5)."""
-        logit = logit.unflatten(-1, (self.args.stoch, self.args.classes))
-        exp = (logit - logit.detach().amax(-1, keepdim=True)).exp()  # softmax over few classes is slow on a CPU
-        return (1 - self.args.unimix) * exp / exp.sum(-1, keepdim=True) + self.args.unimix / self.args.classes
+        probs = logit.unflatten(-1, (self.args.stoch, self.args.classes)).softmax(-1)
+        return (1 - self.args.unimix) * probs + self.args.unimix / self.args.classes
 
     def prior(self, deter):
         """Probabilities of stoch before the observation: (..., D) -> (..., S, K)."""
