@@ -395,7 +395,7 @@ def sample_onehot(probs):
     with torch.no_grad():
         index = (probs[..., :-1].cumsum(-1) <= torch.rand_like(probs[..., :1])).sum(-1)
         onehot = F.one_hot(index, probs.shape[-1]).to(probs.dtype)
-    return onehot + (probs - probs.detach()) if probs.requires_grad else onehot
+    return onehot + (probs - probs.detach())
 
 
 def kl_divergence(p, q):
