@@ -679,22 +679,18 @@ class Behaviour(nn.Module):
         self.actor = Actor(args, feat_dim, action_dim, discrete)
         self.critic = MLP(feat_dim, args.units, 3, 1)
 
-    def sequences(self, world_model, deter, stoch):
-        """What they learn from: feat (N, H, F), action (N, H, A) that led to it, reward and continue (N, H) there."""
-        if self.args.predict_continue:  # the authors' code: the last may be the end
-            deter, stoch = deter[:, :-1], stoch[:, :-1]
-        start = deter.detach().flatten(0, 1), stoch.detach().flatten(0, 1)
-        policy = lambda feat, t: self.actor.sample(self.actor(feat.detach()))  # noqa: E731
-        # paper: with the start, which the authors' code leaves out
-        imag_feat, imag_action = world_model.rssm.imagine(start, policy, self.args.imagination_horizon)
-        cont = world_model.cont(imag_feat)  # (N, H)
-        return imag_feat, imag_action, world_model.reward(imag_feat), cont
-
     def loss(self, world_model, deter, stoch):
         """Eq. 7 and 8 (arXiv:1912.01603v3): losses of actor and critic by name, (N, L); stats.
         deter (B, T, D), stoch (B, T, S): the states from which imagination starts, as constants."""
         args, actor = self.args, self.actor
-        imag_feat, imag_action, reward, cont = self.sequences(world_model, deter, stoch)
+        if args.predict_continue:  # the authors' code: the last may be the end
+            deter, stoch = deter[:, :-1], stoch[:, :-1]
+        start = deter.detach().flatten(0, 1), stoch.detach().flatten(0, 1)
+        policy = lambda feat, t: actor.sample(actor(feat.detach()))  # noqa: E731
+        # paper: with the start, which the authors' code leaves out
+        imag_feat, imag_action = world_model.rssm.imagine(start, policy, args.imagination_horizon)
+        reward = world_model.reward(imag_feat)  # (N, H)
+        cont = world_model.cont(imag_feat)  # (N, H)
         value = self.critic(imag_feat).squeeze(-1) if args.critic else torch.zeros_like(reward)  # (N, H)
         lmbda = args.lmbda if args.critic else 1.0
         returns = lambda_return(reward[:, :-1], cont[:, :-1], value[:, 1:], lmbda)  # (N, L)

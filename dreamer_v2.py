@@ -732,25 +732,22 @@ class Behaviour(nn.Module):
         gradient = "reinforce" if discrete or replay else "dynamics"
         self.actor_gradient = gradient if args.actor_gradient == "auto" or replay else args.actor_gradient
 
-    def sequences(self, world_model, data, deter, stoch, feat):
-        """What actor and critic learn from: feat (N, P, F), action (N, H, A) taken there, reward, continue (N, P)."""
-        end = (1 - data["is_terminal"].float()) * self.args.discount  # (B, T)
-        if self.args.behaviour_from == "replay":
-            return feat.detach(), data["action"][:, 1:], data["reward"], end
-        start = deter.detach().flatten(0, 1), stoch.detach().flatten(0, 1)
-        policy = lambda feat, t: self.actor.sample(self.actor(feat.detach()))  # noqa: E731
-        imag_feat, imag_action = world_model.rssm.imagine(start, policy, self.args.imagination_horizon)
-        cont = world_model.cont(imag_feat)  # (N, P)
-        if self.args.predict_continue:
-            cont = torch.cat([end.view(-1, 1), cont[:, 1:]], 1)  # (N, P)
-        return imag_feat, imag_action, world_model.reward(imag_feat), cont
-
     def loss(self, world_model, data, deter, stoch, feat):
         """Eq. 4 to 6 (arXiv:2010.02193v4): losses of actor (N, L) and critic (N, H) by name; stats.
         data as for the world model; deter (B, T, D), stoch (B, T, S, K), feat (B, T, F)."""
         args, actor = self.args, self.actor
+        end = (1 - data["is_terminal"].float()) * args.discount  # (B, T)
         with torch.set_grad_enabled(self.actor_gradient != "reinforce"):
-            imag_feat, imag_action, reward, cont = self.sequences(world_model, data, deter, stoch, feat)
+            if args.behaviour_from == "replay":
+                imag_feat, imag_action, reward, cont = feat.detach(), data["action"][:, 1:], data["reward"], end
+            else:
+                start = deter.detach().flatten(0, 1), stoch.detach().flatten(0, 1)
+                policy = lambda feat, t: actor.sample(actor(feat.detach()))  # noqa: E731
+                imag_feat, imag_action = world_model.rssm.imagine(start, policy, args.imagination_horizon)
+                reward = world_model.reward(imag_feat)  # (N, P)
+                cont = world_model.cont(imag_feat)  # (N, P)
+                if args.predict_continue:
+                    cont = torch.cat([end.view(-1, 1), cont[:, 1:]], 1)  # (N, P)
             slow_value = self.slow_critic(imag_feat).squeeze(-1) if args.critic else torch.zeros_like(reward)  # (N, P)
             lmbda = args.lmbda if args.critic else 1.0
             returns = lambda_return(reward[:, :-1], cont[:, :-1], slow_value[:, 1:], lmbda)  # (N, H)
