@@ -678,7 +678,6 @@ class Agent(nn.Module):
         self.action_dim = int(action_space.n) if self.discrete else action_space.shape[0]
         self.world_model = WorldModel(args, spaces, self.action_dim)
         self.apply(initialise).to(device)
-        self.trained = [p for p in self.parameters() if p.requires_grad]
         self.optimizers = {
             "world_model": Adam(self.world_model.parameters(), args.model_rate, args),
         }
@@ -937,7 +936,7 @@ def train(args):
         names = dict(project=args.wandb_project_name, entity=args.wandb_entity, name=os.path.basename(run))
         wandb.init(**names, config=vars(args), sync_tensorboard=True)
     writer = SummaryWriter(run, purge_step=frame + 1)
-    print(f"{run}: {sum(p.numel() for p in agent.trained):,} parameters, {device}")
+    print(f"{run}: {sum(p.numel() for p in agent.parameters() if p.requires_grad):,} parameters, {device}")
 
     stop = []
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # the first ends in good order, the next at once
