@@ -752,10 +752,9 @@ class Behaviour(nn.Module):
             lmbda = args.lmbda if args.critic else 1.0
             returns = lambda_return(reward[:, :-1], cont[:, :-1], slow_value[:, 1:], lmbda)  # (N, H)
         torch.clear_autocast_cache()  # which holds copies of the actor's weights that were made without gradient
-        imag_feat = imag_feat.detach()  # (N, P, F)
         weight = F.pad(cont[:, :-1].detach(), (1, 0), value=1.0).cumprod(1)  # (N, P)
         # the action at t earns what follows it: the return of t + 1, which starts with the reward of t + 1
-        policy = actor(imag_feat[:, :-2])
+        policy = actor(imag_feat[:, :-2].detach())
         entropy = policy.entropy()  # (N, L)
         objective = target = returns[:, 1:]  # (N, L)
         advantage = (target - slow_value[:, :-2]).detach()  # (N, L)
@@ -764,7 +763,7 @@ class Behaviour(nn.Module):
         if self.actor_gradient == "both":  # a continuous action has a gradient in log_prob too: so in the authors' code
             objective = args.actor_gradient_mix * target + (1 - args.actor_gradient_mix) * objective  # (N, L)
         losses = {"actor_loss": -weight[:, :-2] * (objective + args.entropy_scale * entropy)}
-        value = self.critic(imag_feat[:, :-1]).squeeze(-1)  # (N, H)
+        value = self.critic(imag_feat[:, :-1].detach()).squeeze(-1)  # (N, H)
         losses["critic_loss"] = weight[:, :-1] * normal_loss(value, returns.detach())  # (N, H)
         stats = dict(actor_entropy=entropy.mean(), advantage_std=advantage.std(), value_mean=value.mean())
         stats |= dict(return_mean=returns.mean())
