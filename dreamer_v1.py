@@ -694,10 +694,10 @@ class Behaviour(nn.Module):
         value = self.critic(imag_feat).squeeze(-1) if args.critic else torch.zeros_like(reward)  # (N, H)
         lmbda = args.lmbda if args.critic else 1.0
         returns = lambda_return(reward[:, :-1], cont[:, :-1], value[:, 1:], lmbda)  # (N, L)
-        weight = F.pad(cont[:, :-1].detach(), (1, 0), value=1.0).cumprod(1)  # (N, H)
-        losses = {"actor_loss": -weight[:, :-1] * returns}
+        weight = F.pad(cont[:, :-2].detach(), (1, 0), value=1.0).cumprod(1)  # (N, L)
+        losses = {"actor_loss": -weight * returns}
         value = self.critic(imag_feat[:, :-1].detach()).squeeze(-1)  # (N, L)
-        losses["critic_loss"] = weight[:, :-1] * normal_loss(value, returns.detach())  # (N, L)
+        losses["critic_loss"] = weight * normal_loss(value, returns.detach())  # (N, L)
         entropy = -actor(imag_feat[:, 0]).log_prob(imag_action[:, 1])  # (N,)
         stats = dict(actor_entropy=entropy.mean(), value_mean=value.mean(), return_mean=returns.mean())
         return losses, stats | dict(imagined_reward=reward.mean(), imagined_continue=cont.mean())
