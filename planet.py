@@ -678,9 +678,7 @@ class Agent(nn.Module):
         self.action_dim = int(action_space.n) if self.discrete else action_space.shape[0]
         self.world_model = WorldModel(args, spaces, self.action_dim)
         self.apply(initialise).to(device)
-        self.optimizers = {
-            "world_model": Adam(self.world_model.parameters(), args.model_rate, args),
-        }
+        self.optimizers = {"world_model": Adam(self.world_model.parameters(), args.model_rate, args)}
         if args.compile:
             rssm = self.world_model.rssm
             for part, name in ((rssm, "obs_step"), (rssm, "img_step")):
