@@ -752,8 +752,7 @@ class Behaviour(nn.Module):
         self.actor = Actor(args, feat_dim, action_dim, discrete)
         self.critic = MLP(feat_dim, args.units, 3, args.bins)
         self.slow_critic = MLP(feat_dim, args.units, 3, args.bins).requires_grad_(False)
-        self.register_buffer("return_range", torch.zeros(2))  # averages of these percentiles
-        self.register_buffer("percentiles", torch.tensor([0.05, 0.95]), persistent=False)
+        self.register_buffer("return_range", torch.zeros(2))  # averages of two percentiles
 
     def loss(self, world_model, data, deter, stoch, feat):
         """Eq. 5 to 7 (arXiv:2301.04104v2): losses of actor and critic by name, (N, H) and, on replay, (B, L); stats.
@@ -795,7 +794,7 @@ class Behaviour(nn.Module):
         if dist.is_initialized():  # the returns of all processes
             mine, returns = returns, returns.repeat(dist.get_world_size(), 1)
             dist.all_gather_into_tensor(returns, mine.contiguous())
-        self.return_range.lerp_(torch.quantile(returns, self.percentiles), self.args.return_rate)
+        self.return_range.lerp_(torch.stack([returns.quantile(q) for q in (0.05, 0.95)]), self.args.return_rate)
         return (self.return_range[1] - self.return_range[0]).clamp(min=1)
 
 
