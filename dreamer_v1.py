@@ -514,13 +514,12 @@ class RSSM(nn.Module):
         self.inputs = MLP(args.stoch + action_dim, args.hidden, 1)
         self.gates = nn.Linear(args.hidden, 3 * args.deter)
         self.recurrent_gates = nn.Linear(args.deter, 3 * args.deter)
-        self.post_in = MLP(args.deter + embed_dim, args.hidden, 1)
-        self.post_out = Output(args.hidden, 2 * args.stoch)
+        self.post_net = MLP(args.deter + embed_dim, args.hidden, 1, 2 * args.stoch)
         self.prior_net = MLP(args.deter, args.hidden, 1, 2 * args.stoch)
 
     def initial(self, batch_size):
         """State of zeros: deter (B, D), stoch (B, S)."""
-        zeros, args = self.post_out.weight.new_zeros, self.args
+        zeros, args = self.post_net[-1].weight.new_zeros, self.args
         return zeros(batch_size, args.deter), zeros(batch_size, args.stoch)
 
     def gru(self, deter, stoch, action):
@@ -547,7 +546,7 @@ class RSSM(nn.Module):
         deter, stoch = state
         mask = 1 - is_first.float().unsqueeze(-1)
         deter = self.gru(deter * mask, stoch * mask, action)
-        post = gaussian(self.post_out(self.post_in(torch.cat([deter, embed], -1))))
+        post = gaussian(self.post_net(torch.cat([deter, embed], -1)))
         return (deter, self.sample(post)), post
 
     def img_step(self, state, action):

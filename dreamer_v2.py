@@ -558,13 +558,12 @@ class RSSM(nn.Module):
         self.inputs = MLP(stoch_dim + action_dim, args.hidden, 1)
         self.gates = nn.Linear(args.hidden + args.deter, 3 * args.deter)
         self.gates_norm = nn.LayerNorm(3 * args.deter, eps=1e-3)
-        self.post_in = MLP(args.deter + embed_dim, args.hidden, 1)
-        self.post_out = Output(args.hidden, out_dim)
+        self.post_net = MLP(args.deter + embed_dim, args.hidden, 1, out_dim)
         self.prior_net = MLP(args.deter, args.hidden, 1, out_dim)
 
     def initial(self, batch_size):
         """State of zeros: deter (B, D), stoch (B, S, K)."""
-        zeros, args = self.post_out.weight.new_zeros, self.args
+        zeros, args = self.post_net[-1].weight.new_zeros, self.args
         return zeros(batch_size, args.deter), zeros(batch_size, args.stoch, args.classes)
 
     def gru(self, deter, stoch, action):
@@ -605,7 +604,7 @@ class RSSM(nn.Module):
         deter, stoch = state
         mask = 1 - is_first.float().unsqueeze(-1)
         deter = self.gru(deter * mask, stoch * mask.unsqueeze(-1), action * mask)
-        post = self.logit(self.post_out(self.post_in(torch.cat([deter, embed], -1))))
+        post = self.logit(self.post_net(torch.cat([deter, embed], -1)))
         return (deter, self.sample(post)), post
 
     def img_step(self, state, action):

@@ -596,13 +596,12 @@ class RSSM(nn.Module):
         self.mix = BlockLinear(args.deter + args.blocks * 3 * args.hidden, args.deter, args.blocks)
         self.mix_norm = RMSNorm(args.deter, 1e-4)
         self.gates = BlockLinear(args.deter, 3 * args.deter, args.blocks)
-        self.post_in = MLP(args.deter + embed_dim, args.hidden, 1)
-        self.post_out = Output(args.hidden, stoch_dim)
+        self.post_net = MLP(args.deter + embed_dim, args.hidden, 1, stoch_dim)
         self.prior_net = MLP(args.deter, args.hidden, 2, stoch_dim)
 
     def initial(self, batch_size):
         """State of zeros: deter (B, D), stoch (B, S, K)."""
-        zeros, args = self.post_out.weight.new_zeros, self.args
+        zeros, args = self.post_net[-1].weight.new_zeros, self.args
         return zeros(batch_size, args.deter), zeros(batch_size, args.stoch, args.classes)
 
     def gru(self, deter, stoch, action):
@@ -633,7 +632,7 @@ class RSSM(nn.Module):
         deter, stoch = state
         mask = 1 - is_first.float().unsqueeze(-1)
         deter = self.gru(deter * mask, stoch * mask.unsqueeze(-1), action * mask)
-        post = self.probs(self.post_out(self.post_in(torch.cat([deter, embed], -1))))
+        post = self.probs(self.post_net(torch.cat([deter, embed], -1)))
         return (deter, sample_onehot(post)), post
 
     def img_step(self, state, action):

@@ -489,14 +489,13 @@ class RSSM(nn.Module):
         if self.recurrent:
             self.gates = nn.Linear(args.hidden + args.deter, 2 * args.deter)
             self.cand = nn.Linear(args.hidden + args.deter, args.deter)
-        self.post_in = MLP(args.deter + embed_dim, args.hidden, 1, activation=args.activation)
-        self.post_out = Output(args.hidden, 2 * args.stoch)
+        self.post_net = MLP(args.deter + embed_dim, args.hidden, 1, 2 * args.stoch, args.activation)
         inp, count = (args.deter, 1) if self.recurrent else (args.hidden, 0)
         self.prior_net = MLP(inp, args.hidden, count, 2 * args.stoch, args.activation)
 
     def initial(self, batch_size):
         """State of zeros: deter (B, D), stoch (B, S)."""
-        zeros, args = self.post_out.weight.new_zeros, self.args
+        zeros, args = self.post_net[-1].weight.new_zeros, self.args
         return zeros(batch_size, args.deter), zeros(batch_size, args.stoch)
 
     def gru(self, deter, stoch, action):
@@ -526,7 +525,7 @@ class RSSM(nn.Module):
         deter, stoch = state
         mask = 1 - is_first.float().unsqueeze(-1)
         deter = self.gru(deter * mask, stoch * mask, action)
-        post = gaussian(self.post_out(self.post_in(torch.cat([deter, embed], -1))))
+        post = gaussian(self.post_net(torch.cat([deter, embed], -1)))
         return (deter, self.sample(post)), post
 
     def img_step(self, state, action):

@@ -55,7 +55,7 @@ class Case(Recorded):
             add(f"{wm}.encoder.convs.{i}.0", f"encoder/h{i + 1}", "conv")
             add(f"{wm}.decoder.convs.{i}.0" if i < 3 else f"{wm}.decoder.convs.3", f"decoder/h{i + 2}", "conv")
         add(f"{wm}.decoder.map", "decoder/h1", "dense_feat")
-        layers = ("inputs.0.0", "img1"), ("post_in.0.0", "obs1"), ("post_out", "obs2")
+        layers = ("inputs.0.0", "img1"), ("post_net.0.0", "obs1"), ("post_net.1", "obs2")
         for ours, theirs in (*layers, ("prior_net.0.0", "img2"), ("prior_net.1", "img3")):
             add(f"{wm}.rssm.{ours}", f"dynamics/{theirs}")
         for i, (ours, theirs) in enumerate([("gates", "kernel"), ("recurrent_gates", "recurrent_kernel")]):

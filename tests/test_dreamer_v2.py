@@ -56,8 +56,9 @@ class Case(Recorded):
             add(f"{wm}.encoder.convs.{i}.0", f"encoder/conv{i}", "conv")
             add(f"{wm}.decoder.convs.{i}.0" if i < 3 else f"{wm}.decoder.convs.3", f"decoder/conv{i}", "conv")
         add(f"{wm}.decoder.map", "decoder/convin", "dense_feat")
-        layers = ("inputs.0.0", "img_in"), ("gates", "cell/dense"), ("post_in.0.0", "obs_out"), ("post_out", "obs_dist")
-        for ours, theirs in (*layers, ("prior_net.0.0", "img_out_0"), ("prior_net.1", "img_dist_0")):
+        layers = ("inputs.0.0", "img_in"), ("gates", "cell/dense"), ("prior_net.0.0", "img_out_0")
+        layers += ("prior_net.1", "img_dist_0"), ("post_net.0.0", "obs_out"), ("post_net.1", "obs_dist")
+        for ours, theirs in layers:
             add(f"{wm}.rssm.{ours}", f"rssm/{theirs}")
         self.names[f"{wm}.rssm.gates_norm.weight"] = "rssm/cell/norm/gamma", "same"
         self.names[f"{wm}.rssm.gates_norm.bias"] = "rssm/cell/norm/beta", "same"

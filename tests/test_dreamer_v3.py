@@ -84,13 +84,13 @@ class Case(Recorded):
             for i in range(3):
                 layer(f"{wm}.decoder.convs.{i + 2}", f"dec/conv{2 - i}", f"dec/conv{2 - i}norm", "conv")
             add(f"{wm}.decoder.convs.5", "dec/imgout", "conv")
-        inputs = {"deter_in": "dynin0", "stoch_in": "dynin1", "action_in": "dynin2", "post_in": "obs0"}
+        inputs = {"deter_in": "dynin0", "stoch_in": "dynin1", "action_in": "dynin2", "post_net": "obs0"}
         for ours, theirs in inputs.items():
             layer(f"{wm}.rssm.{ours}.0", f"dyn/{theirs}", f"dyn/{theirs}norm")
         add(f"{wm}.rssm.mix", "dyn/dynhid0", "same")
         self.names[f"{wm}.rssm.mix_norm.weight"] = "dyn/dynhid0norm/scale", "same"
         add(f"{wm}.rssm.gates", "dyn/dyngru", "same")
-        add(f"{wm}.rssm.post_out", "dyn/obslogit")
+        add(f"{wm}.rssm.post_net.1", "dyn/obslogit")
         for i in range(2):
             layer(f"{wm}.rssm.prior_net.{i}", f"dyn/prior{i}", f"dyn/prior{i}norm")
         add(f"{wm}.rssm.prior_net.2", "dyn/priorlogit")
@@ -151,7 +151,7 @@ def test_parity_world_model(case):
     with case.samples("post"):
         *_, post = model.rssm.observe(embed, data["action"], data["is_first"], case.start)
     prior = model.rssm.prior(deter)
-    logits = model.rssm.post_out(model.rssm.post_in(torch.cat([deter, embed], -1))), model.rssm.prior_net(deter)
+    logits = model.rssm.post_net(torch.cat([deter, embed], -1)), model.rssm.prior_net(deter)
     for name, probs, logit in zip(("post", "prior"), (post, prior), logits, strict=True):
         close(logit.view(probs.shape), golden[f"{name}/logit"])
         close(probs, model.rssm.probs(tensor(golden[f"{name}/logit"]).flatten(-2)).detach().cpu())
@@ -497,7 +497,7 @@ def test_the_kl_is_split(small):
     agent, data = small
     one = {key: value[:, :1] if key not in ("deter", "stoch") else value for key, value in data.items()}
     rssm = agent.world_model.rssm
-    ends = [rssm.prior_net[-1].weight, rssm.post_out.weight]
+    ends = [rssm.prior_net[-1].weight, rssm.post_net[-1].weight]
     for free_nats, expected in ((0.0, {"dyn_loss": [True, False], "rep_loss": [False, True]}), (1e6, {})):
         agent.args.free_nats = free_nats
         losses, *_ = agent.world_model.loss(one, agent.start(one))

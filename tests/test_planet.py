@@ -82,8 +82,8 @@ class Case(Recorded):
 
         t, p = f"rnn/{cell}/transition", f"rnn/{cell}/posterior"
         add("rssm.inputs.0.0", f"{t}/dense")
-        add("rssm.post_in.0.0", f"{p}/dense")
-        add("rssm.post_out", f"{p}/dense_1", f"{p}/dense_2")
+        add("rssm.post_net.0.0", f"{p}/dense")
+        add("rssm.post_net.1", f"{p}/dense_1", f"{p}/dense_2")
         if cell == "ssm":
             add("rssm.prior_net.0", f"{t}/dense_1", f"{t}/dense_2")
         else:
