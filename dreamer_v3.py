@@ -696,8 +696,8 @@ class WorldModel(nn.Module):
         losses["continue_loss"] = F.binary_cross_entropy_with_logits(cont, target, reduction="none")  # (B, T)
         losses["dyn_loss"] = kl_divergence(post.detach(), prior).clamp(min=args.free_nats)  # (B, T)
         losses["rep_loss"] = kl_divergence(post, prior.detach()).clamp(min=args.free_nats)  # (B, T)
-        post_entropy, prior_entropy = (-(probs * probs.log()).sum((-2, -1)).mean() for probs in (post, prior))
-        stats = dict(posterior_entropy=post_entropy, prior_entropy=prior_entropy, kl=kl_divergence(post, prior).mean())
+        entropies = [torch.special.entr(probs).sum((-2, -1)).mean() for probs in (post, prior)]
+        stats = dict(posterior_entropy=entropies[0], prior_entropy=entropies[1], kl=kl_divergence(post, prior).mean())
         return losses, deter, stoch, feat, stats
 
     def reward(self, feat):
