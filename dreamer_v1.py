@@ -452,13 +452,13 @@ class Encoder(nn.Module):
 
     def __init__(self, spaces, args):
         super().__init__()
-        self.vectors = [key for key in sorted(spaces) if spaces[key].dtype != np.uint8]
-        self.images = [key for key in sorted(spaces) if spaces[key].dtype == np.uint8]
+        self.vectors = {key: space.shape[0] for key, space in sorted(spaces.items()) if space.dtype != np.uint8}
+        self.images = {key: space.shape[-1] for key, space in sorted(spaces.items()) if space.dtype == np.uint8}
         self.embed_dim = (args.units if self.vectors else 0) + (32 * args.depth if self.images else 0)
         if self.vectors:
-            self.layers = MLP(sum(spaces[key].shape[0] for key in self.vectors), args.units, 4)
+            self.layers = MLP(sum(self.vectors.values()), args.units, 4)
         if self.images:
-            depths = [sum(spaces[key].shape[-1] for key in self.images)] + [args.depth * m for m in (1, 2, 4, 8)]
+            depths = [sum(self.images.values())] + [args.depth * m for m in (1, 2, 4, 8)]
             self.convs = nn.Sequential(*[nn.Sequential(nn.Conv2d(*x, 4, 2), nn.ReLU()) for x in pairwise(depths)])
 
     def forward(self, obs):
@@ -477,18 +477,18 @@ class Decoder(nn.Module):
 
     def __init__(self, spaces, args):
         super().__init__()
-        self.vectors = [key for key in sorted(spaces) if spaces[key].dtype != np.uint8]
-        self.images = [key for key in sorted(spaces) if spaces[key].dtype == np.uint8]
+        self.vectors = {key: space.shape[0] for key, space in sorted(spaces.items()) if space.dtype != np.uint8}
+        self.images = {key: space.shape[-1] for key, space in sorted(spaces.items()) if space.dtype == np.uint8}
         feat_dim = args.deter + args.stoch
         if self.vectors:
             self.layers = MLP(feat_dim, args.units, 4)
-            self.heads = nn.ModuleList(Output(args.units, spaces[key].shape[0]) for key in self.vectors)
+            self.heads = nn.ModuleList(Output(args.units, size) for size in self.vectors.values())
         if self.images:
-            depth, self.channels = args.depth, [spaces[key].shape[-1] for key in self.images]
+            depth = args.depth
             self.map = nn.Linear(feat_dim, 32 * depth)
             shapes = (32 * depth, 4 * depth, 5), (4 * depth, 2 * depth, 5), (2 * depth, depth, 6)  # in, out, kernel
             convs = [nn.Sequential(Deconv(*shape, 2), nn.ReLU()) for shape in shapes]
-            self.convs = nn.Sequential(*convs, Deconv(depth, sum(self.channels), 6, 2))
+            self.convs = nn.Sequential(*convs, Deconv(depth, sum(self.images.values()), 6, 2))
 
     def forward(self, feat):
         means = {}
@@ -498,7 +498,7 @@ class Decoder(nn.Module):
         if self.images:
             image = self.convs(self.map(feat.flatten(0, 1)).unflatten(-1, (-1, 1, 1)))
             image = image.float().permute(0, 2, 3, 1).unflatten(0, feat.shape[:2])
-            means |= zip(self.images, image.split(self.channels, -1), strict=True)
+            means |= zip(self.images, image.split([*self.images.values()], -1), strict=True)
         return means
 
 

@@ -524,14 +524,14 @@ class Encoder(nn.Module):
 
     def __init__(self, spaces, args):
         super().__init__()
-        self.vectors = [key for key in sorted(spaces) if spaces[key].dtype != np.uint8]
-        self.images = [key for key in sorted(spaces) if spaces[key].dtype == np.uint8]
+        self.vectors = {key: space.shape[0] for key, space in sorted(spaces.items()) if space.dtype != np.uint8}
+        self.images = {key: space.shape[-1] for key, space in sorted(spaces.items()) if space.dtype == np.uint8}
         side = args.image_size // 16  # of the last map
         self.embed_dim = (args.units if self.vectors else 0) + (side**2 * 4 * args.depth if self.images else 0)
         if self.vectors:
-            self.layers = MLP(sum(spaces[key].shape[0] for key in self.vectors), args.units, 3)
+            self.layers = MLP(sum(self.vectors.values()), args.units, 3)
         if self.images:
-            depths = [sum(spaces[key].shape[-1] for key in self.images)] + [args.depth * m for m in (2, 3, 4, 4)]
+            depths = [sum(self.images.values())] + [args.depth * m for m in (2, 3, 4, 4)]
             self.convs = nn.Sequential(*layers(Conv, depths))
 
     def forward(self, obs):
@@ -549,20 +549,19 @@ class Decoder(nn.Module):
 
     def __init__(self, spaces, args):
         super().__init__()
-        self.vectors = [key for key in sorted(spaces) if spaces[key].dtype != np.uint8]
-        self.images = [key for key in sorted(spaces) if spaces[key].dtype == np.uint8]
+        self.vectors = {key: space.shape[0] for key, space in sorted(spaces.items()) if space.dtype != np.uint8}
+        self.images = {key: space.shape[-1] for key, space in sorted(spaces.items()) if space.dtype == np.uint8}
         feat_dim = args.deter + args.stoch * args.classes
         if self.vectors:
             self.layers = MLP(feat_dim, args.units, 3)
-            self.heads = nn.ModuleList(Output(args.units, spaces[key].shape[0]) for key in self.vectors)
+            self.heads = nn.ModuleList(Output(args.units, size) for size in self.vectors.values())
         if self.images:
             self.side, self.deter, depth = args.image_size // 16, args.deter, args.depth * 4
             size = self.side**2 * depth
             self.deter_map = BlockLinear(args.deter, size, args.decoder_blocks)
             self.stoch_map = MLP(feat_dim - args.deter, 2 * args.units, 1, size)
-            self.channels = [spaces[key].shape[-1] for key in self.images]
             convs = layers(UpsampleConv, [depth] + [args.depth * m for m in (4, 3, 2)])
-            output = UpsampleConv(2 * args.depth, sum(self.channels))
+            output = UpsampleConv(2 * args.depth, sum(self.images.values()))
             self.convs = nn.Sequential(RMSNorm(depth, 1e-4), nn.SiLU(), *convs, output)
 
     def forward(self, feat):
@@ -576,7 +575,7 @@ class Decoder(nn.Module):
             x = self.deter_map(deter).unflatten(-1, (len(self.deter_map.weight), self.side, self.side, -1))
             x = x.movedim(1, 3).flatten(3) + self.stoch_map(stoch).unflatten(-1, (self.side, self.side, -1))
             image = self.convs(x).float().sigmoid().unflatten(0, feat.shape[:2])
-            means |= zip(self.images, image.split(self.channels, -1), strict=True)
+            means |= zip(self.images, image.split([*self.images.values()], -1), strict=True)
         return means
 
 

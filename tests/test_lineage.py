@@ -17,7 +17,7 @@ FAMILY = ["planet", "dreamer_v1", "dreamer_v2", "dreamer_v3"]  # each is derived
 NEIGHBOURS = list(itertools.pairwise(FAMILY))
 # Ratchets. The aim of these four is 950, 1,000, 1,050 and 1,100 lines, 60 % of them the
 # algorithm's.
-BUDGET = dict(planet=1043, dreamer_v1=1106, dreamer_v2=1169, dreamer_v3=1200, worldmodels_v1=1100, genie=1249)
+BUDGET = dict(planet=1043, dreamer_v1=1106, dreamer_v2=1169, dreamer_v3=1199, worldmodels_v1=1100, genie=1249)
 ALGORITHM = 0.41  # least share of the lines from Maths to Agent
 ALIKE = {"dreamer_v1": (79.0, 60), "dreamer_v2": (78.9, 71), "dreamer_v3": (60.5, 110)}  # least % shared, most hunks
 BANNERS = "Arguments|Environment|Replay|Maths|Networks|World model|Behaviour|Agent|Dream|Run".split("|")
