@@ -378,7 +378,7 @@ def sample_onehot(probs):
     with torch.no_grad():
         index = (probs[..., :-1].cumsum(-1) <= torch.rand_like(probs[..., :1])).sum(-1)
         onehot = F.one_hot(index, probs.shape[-1]).to(probs.dtype)
-    return onehot + (probs - probs.detach()) if probs.requires_grad else onehot
+    return onehot + (probs - probs.detach())
 
 
 # Time table of what the agent has, for a replayed sequence and, with H for T, for an imagined one:
@@ -424,8 +424,7 @@ class Deconv(nn.ConvTranspose2d):
 
     def forward(self, x):
         if x.shape[2] == 1:  # of a 1×1 image it is a matrix product, which takes a CPU a sixth of the time
-            x = (x.flatten(1) @ self.weight.flatten(1)).unflatten(1, self.weight.shape[1:])
-            return (x + self.bias[:, None, None]).contiguous(memory_format=torch.channels_last)
+            return (torch.einsum("bihw,iokl->bklo", x, self.weight) + self.bias).permute(0, 3, 1, 2)
         return super().forward(x)
 
 
@@ -438,17 +437,17 @@ class MLP(nn.Sequential):
 
 
 class Encoder(nn.Module):
-    """Observations (B, T, ...) -> embed (B, T, E): vectors through an MLP, images through convolutions."""
+    """Observations (B or B, T, ...) -> embed (..., E): vectors through an MLP, images through convolutions."""
 
     def __init__(self, spaces, args):
         super().__init__()
-        self.vectors = [key for key in sorted(spaces) if spaces[key].dtype != np.uint8]
-        self.images = [key for key in sorted(spaces) if spaces[key].dtype == np.uint8]
+        self.vectors = {key: space.shape[0] for key, space in sorted(spaces.items()) if space.dtype != np.uint8}
+        self.images = {key: space.shape[-1] for key, space in sorted(spaces.items()) if space.dtype == np.uint8}
         self.embed_dim = (args.units if self.vectors else 0) + (32 * args.depth if self.images else 0)
         if self.vectors:
-            self.layers = MLP(sum(spaces[key].shape[0] for key in self.vectors), args.units, 4)
+            self.layers = MLP(sum(self.vectors.values()), args.units, 4)
         if self.images:
-            depths = [sum(spaces[key].shape[-1] for key in self.images)] + [args.depth * m for m in (1, 2, 4, 8)]
+            depths = [sum(self.images.values())] + [args.depth * m for m in (1, 2, 4, 8)]
             self.convs = nn.Sequential(*[nn.Sequential(nn.Conv2d(*x, 4, 2), nn.ReLU()) for x in pairwise(depths)])
 
     def forward(self, obs):
@@ -457,8 +456,8 @@ class Encoder(nn.Module):
             embed.append(self.layers(torch.cat([obs[key] for key in self.vectors], -1)))
         if self.images:
             image = torch.cat([obs[key] for key in self.images], -1)
-            x = self.convs(image.flatten(0, 1).permute(0, 3, 1, 2) / 255 - 0.5)
-            embed.append(x.permute(0, 2, 3, 1).reshape(*image.shape[:2], -1))
+            x = self.convs(image.flatten(0, -4).permute(0, 3, 1, 2) / 255 - 0.5)
+            embed.append(x.permute(0, 2, 3, 1).reshape(*image.shape[:-3], -1))
         return torch.cat(embed, -1)
 
 
@@ -467,18 +466,18 @@ class Decoder(nn.Module):
 
     def __init__(self, spaces, args):
         super().__init__()
-        self.vectors = [key for key in sorted(spaces) if spaces[key].dtype != np.uint8]
-        self.images = [key for key in sorted(spaces) if spaces[key].dtype == np.uint8]
+        self.vectors = {key: space.shape[0] for key, space in sorted(spaces.items()) if space.dtype != np.uint8}
+        self.images = {key: space.shape[-1] for key, space in sorted(spaces.items()) if space.dtype == np.uint8}
         feat_dim = args.deter + args.stoch
         if self.vectors:
             self.layers = MLP(feat_dim, args.units, 4)
-            self.heads = nn.ModuleList(Output(args.units, spaces[key].shape[0]) for key in self.vectors)
+            self.heads = nn.ModuleList(Output(args.units, size) for size in self.vectors.values())
         if self.images:
-            depth, self.channels = args.depth, [spaces[key].shape[-1] for key in self.images]
+            depth = args.depth
             self.map = nn.Linear(feat_dim, 32 * depth)
             shapes = (32 * depth, 4 * depth, 5), (4 * depth, 2 * depth, 5), (2 * depth, depth, 6)  # in, out, kernel
             convs = [nn.Sequential(Deconv(*shape, 2), nn.ReLU()) for shape in shapes]
-            self.convs = nn.Sequential(*convs, Deconv(depth, sum(self.channels), 6, 2))
+            self.convs = nn.Sequential(*convs, Deconv(depth, sum(self.images.values()), 6, 2))
 
     def forward(self, feat):
         means = {}
@@ -488,7 +487,7 @@ class Decoder(nn.Module):
         if self.images:
             image = self.convs(self.map(feat.flatten(0, 1)).unflatten(-1, (-1, 1, 1)))
             image = image.float().permute(0, 2, 3, 1).unflatten(0, feat.shape[:2])
-            means |= zip(self.images, image.split(self.channels, -1), strict=True)
+            means |= zip(self.images, image.split([*self.images.values()], -1), strict=True)
         return means
 
 
@@ -504,13 +503,12 @@ class RSSM(nn.Module):
         self.inputs = MLP(args.stoch + action_dim, args.hidden, 1)
         self.gates = nn.Linear(args.hidden, 3 * args.deter)
         self.recurrent_gates = nn.Linear(args.deter, 3 * args.deter)
-        self.post_in = MLP(args.deter + embed_dim, args.hidden, 1)
-        self.post_out = Output(args.hidden, 2 * args.stoch)
+        self.post_net = MLP(args.deter + embed_dim, args.hidden, 1, 2 * args.stoch)
         self.prior_net = MLP(args.deter, args.hidden, 1, 2 * args.stoch)
 
     def initial(self, batch_size):
         """State of zeros: deter (B, D), stoch (B, S)."""
-        zeros, args = self.post_out.weight.new_zeros, self.args
+        zeros, args = self.post_net[-1].weight.new_zeros, self.args
         return zeros(batch_size, args.deter), zeros(batch_size, args.stoch)
 
     def gru(self, deter, stoch, action):
@@ -532,11 +530,12 @@ class RSSM(nn.Module):
         """Mean and deviation of stoch before the observation: (..., D) -> (..., S, 2)."""
         return gaussian(self.prior_net(deter))
 
-    def obs_step(self, state, action, embed, mask):
-        """One step with an observation: mask (B, 1) is 0 where the state is forgotten -> state, posterior (B, S, 2)."""
+    def obs_step(self, state, action, embed, is_first):
+        """One step with an observation; where is_first (B,), the state is forgotten -> state, posterior (B, S, 2)."""
         deter, stoch = state
+        mask = 1 - is_first.float().unsqueeze(-1)
         deter = self.gru(deter * mask, stoch * mask, action)
-        post = gaussian(self.post_out(self.post_in(torch.cat([deter, embed], -1))))
+        post = gaussian(self.post_net(torch.cat([deter, embed], -1)))
         return (deter, self.sample(post)), post
 
     def img_step(self, state, action):
@@ -547,21 +546,20 @@ class RSSM(nn.Module):
     def observe(self, embed, action, is_first, start):
         """Embed (B, T, E), action (B, T, A) that led to each step, is_first (B, T), state before -> posterior states:
         deter (B, T, D), stoch (B, T, S), post (B, T, S, 2)."""
-        mask = 1 - is_first.float().unsqueeze(-1)
         state, steps = start, []
-        for inputs in zip(action.unbind(1), embed.unbind(1), mask.unbind(1), strict=True):
+        for inputs in zip(action.unbind(1), embed.unbind(1), is_first.unbind(1), strict=True):
             state, post = self.obs_step(state, *inputs)
             steps.append((*state, post))
         return tuple(torch.stack(x, 1) for x in zip(*steps, strict=True))
 
     def imagine(self, start, policy, horizon):
         """What follows a state under a policy, (feat (N, F), t) -> action (N, A): feat (N, H, F), action (N, H, A)."""
-        state, feats, actions = start, [], []
+        state, feats, actions = start, [feature(*start)], []
         for t in range(horizon):
-            actions.append(policy(feature(*state), t))
+            actions.append(policy(feats[t], t))
             state = self.img_step(state, actions[t])
             feats.append(feature(*state))
-        return torch.stack(feats, 1), torch.stack(actions, 1)
+        return torch.stack(feats[1:], 1), torch.stack(actions, 1)
 
 
 def feature(deter, stoch):
@@ -620,9 +618,8 @@ class WorldModel(nn.Module):
 
     def decode(self, feat):
         """(B, T, F) -> observations as the environment gives them, key -> (B, T, ...)."""
-        means = self.decoder(feat)
-        images = {key: ((means[key] + 0.5) * 255).clamp(0, 255).round().byte() for key in self.decoder.images}
-        return means | images
+        means = self.decoder(feat).items()
+        return {k: ((v + 0.5) * 255).clamp(0, 255).round().byte() if k in self.decoder.images else v for k, v in means}
 
 
 # === Behaviour ========================================================================================================
@@ -670,30 +667,25 @@ class Behaviour(nn.Module):
         self.actor = Actor(args, feat_dim, action_dim, discrete)
         self.critic = MLP(feat_dim, args.units, 3, 1)
 
-    def sequences(self, world_model, deter, stoch):
-        """What they learn from: feat (N, H, F), action (N, H, A) that led to it, reward and continue (N, H) there."""
-        if self.args.predict_continue:  # the authors' code: the last may be the end
-            deter, stoch = deter[:, :-1], stoch[:, :-1]
-        start = deter.detach().flatten(0, 1), stoch.detach().flatten(0, 1)
-        policy = lambda feat, t: self.actor.sample(self.actor(feat.detach()))  # noqa: E731
-        # paper: with the start, which the authors' code leaves out
-        imag_feat, imag_action = world_model.rssm.imagine(start, policy, self.args.imagination_horizon)
-        cont = world_model.cont(imag_feat)  # (N, H)
-        return imag_feat, imag_action, world_model.reward(imag_feat), cont
-
     def loss(self, world_model, deter, stoch):
         """Eq. 7 and 8 (arXiv:1912.01603v3): losses of actor and critic by name, (N, L); stats.
         deter (B, T, D), stoch (B, T, S): the states from which imagination starts, as constants."""
         args, actor = self.args, self.actor
-        imag_feat, imag_action, reward, cont = self.sequences(world_model, deter, stoch)
+        if args.predict_continue:  # the authors' code: the last may be the end
+            deter, stoch = deter[:, :-1], stoch[:, :-1]
+        start = deter.detach().flatten(0, 1), stoch.detach().flatten(0, 1)
+        policy = lambda feat, t: actor.sample(actor(feat.detach()))  # noqa: E731
+        # paper: with the start, which the authors' code leaves out
+        imag_feat, imag_action = world_model.rssm.imagine(start, policy, args.imagination_horizon)
+        reward = world_model.reward(imag_feat)  # (N, H)
+        cont = world_model.cont(imag_feat)  # (N, H)
         value = self.critic(imag_feat).squeeze(-1) if args.critic else torch.zeros_like(reward)  # (N, H)
         lmbda = args.lmbda if args.critic else 1.0
         returns = lambda_return(reward[:, :-1], cont[:, :-1], value[:, 1:], lmbda)  # (N, L)
-        imag_feat = imag_feat.detach()  # (N, H, F)
-        weight = F.pad(cont[:, :-1].detach(), (1, 0), value=1.0).cumprod(1)  # (N, H)
-        losses = {"actor_loss": -weight[:, :-1] * returns}
-        value = self.critic(imag_feat[:, :-1]).squeeze(-1)  # (N, L)
-        losses["critic_loss"] = weight[:, :-1] * normal_loss(value, returns.detach())  # (N, L)
+        weight = F.pad(cont[:, :-2].detach(), (1, 0), value=1.0).cumprod(1)  # (N, L)
+        losses = {"actor_loss": -weight * returns}
+        value = self.critic(imag_feat[:, :-1].detach()).squeeze(-1)  # (N, L)
+        losses["critic_loss"] = weight * normal_loss(value, returns.detach())  # (N, L)
         entropy = -actor(imag_feat[:, 0]).log_prob(imag_action[:, 1])  # (N,)
         stats = dict(actor_entropy=entropy.mean(), value_mean=value.mean(), return_mean=returns.mean())
         return losses, stats | dict(imagined_reward=reward.mean(), imagined_continue=cont.mean())
@@ -736,7 +728,6 @@ class Agent(nn.Module):
         self.world_model = WorldModel(args, spaces, self.action_dim)
         self.behaviour = Behaviour(args, self.action_dim, self.discrete)
         self.apply(initialise).to(device)
-        self.trained = [p for p in self.parameters() if p.requires_grad]
         self.optimizers = {
             "world_model": Adam(self.world_model.parameters(), args.model_rate, args),
             "actor": Adam(self.behaviour.actor.parameters(), args.actor_rate, args),
@@ -764,9 +755,9 @@ class Agent(nn.Module):
         In training, the action is a sample, which is disturbed (paper: the mode is); in evaluation, it is the mode."""
         deter, stoch, action = carry
         with self.autocast():
-            embed = self.world_model.encoder({key: obs[key].unsqueeze(1) for key in self.spaces}).squeeze(1)
-            mask = 1 - obs["is_first"].float().unsqueeze(-1)
-            (deter, stoch), _ = self.world_model.rssm.obs_step((deter, stoch), action * mask, embed, mask)
+            embed = self.world_model.encoder(obs)
+            action = action * ~obs["is_first"].unsqueeze(-1)
+            (deter, stoch), _ = self.world_model.rssm.obs_step((deter, stoch), action, embed, obs["is_first"])
             action = self.policy(deter, stoch, training)
         return deter, stoch, self.explore(action) if training else action
 
@@ -806,19 +797,17 @@ class Agent(nn.Module):
         with self.autocast():
             losses, deter, stoch, _, stats = self.world_model.loss(data, self.start(data))
             more, more_stats = self.behaviour.loss(self.world_model, deter, stoch)
-        losses = {name: loss.mean() for name, loss in losses.items()}
         scales = {"kl_loss": args.kl_scale, "continue_loss": args.continue_scale}
-        total = sum(scales.get(name, 1.0) * loss for name, loss in losses.items())
-        losses |= {name: loss.mean() for name, loss in more.items()}
-        self.descend(stats, world_model=total, actor=losses["actor_loss"], critic=losses["critic_loss"])
-        stats |= more_stats
+        total = sum(scales.get(name, 1.0) * loss.mean() for name, loss in losses.items())
+        losses = {name: loss.mean() for name, loss in (losses | more).items()}
+        stats |= self.descend(world_model=total, actor=losses["actor_loss"], critic=losses["critic_loss"]) | more_stats
         metrics = {f"losses/{k}": v for k, v in losses.items()} | {f"stats/{k}": v for k, v in stats.items()}
         return {key: value.detach().float() for key, value in metrics.items()}
 
-    def descend(self, stats, **losses):
-        """One step on each loss, by the optimizer's name; all gradients come before the first step."""
+    def descend(self, **losses):
+        """One step on each loss, by the optimizer's name -> norms; all gradients come before the first step."""
         grads = {name: torch.autograd.grad(loss, self.optimizers[name].params) for name, loss in losses.items()}
-        stats |= {f"{name}_grad_norm": self.optimizers[name].step(grad) for name, grad in grads.items()}
+        return {f"{name}_grad_norm": self.optimizers[name].step(grad) for name, grad in grads.items()}
 
     def optimizer_state(self):
         """All that the optimizers depend on besides parameters and gradients, as a list of tensors."""
@@ -996,7 +985,7 @@ def train(args):
         names = dict(project=args.wandb_project_name, entity=args.wandb_entity, name=os.path.basename(run))
         wandb.init(**names, config=vars(args), sync_tensorboard=True)
     writer = SummaryWriter(run, purge_step=frame + 1)
-    print(f"{run}: {sum(p.numel() for p in agent.trained):,} parameters, {device}")
+    print(f"{run}: {sum(p.numel() for p in agent.parameters() if p.requires_grad):,} parameters, {device}")
 
     stop = []
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # the first ends in good order, the next at once

@@ -383,7 +383,7 @@ def sample_onehot(probs):
     with torch.no_grad():
         index = (probs[..., :-1].cumsum(-1) <= torch.rand_like(probs[..., :1])).sum(-1)
         onehot = F.one_hot(index, probs.shape[-1]).to(probs.dtype)
-    return onehot + (probs - probs.detach()) if probs.requires_grad else onehot
+    return onehot + (probs - probs.detach())
 
 
 def kl_divergence(p, q):
@@ -466,8 +466,7 @@ class Deconv(nn.ConvTranspose2d):
 
     def forward(self, x):
         if x.shape[2] == 1:  # of a 1×1 image it is a matrix product, which takes a CPU a sixth of the time
-            x = (x.flatten(1) @ self.weight.flatten(1)).unflatten(1, self.weight.shape[1:])
-            return (x + self.bias[:, None, None]).contiguous(memory_format=torch.channels_last)
+            return (torch.einsum("bihw,iokl->bklo", x, self.weight) + self.bias).permute(0, 3, 1, 2)
         return super().forward(x)
 
 
@@ -480,17 +479,17 @@ class MLP(nn.Sequential):
 
 
 class Encoder(nn.Module):
-    """Observations (B, T, ...) -> embed (B, T, E): vectors through an MLP, images through convolutions."""
+    """Observations (B or B, T, ...) -> embed (..., E): vectors through an MLP, images through convolutions."""
 
     def __init__(self, spaces, args):
         super().__init__()
-        self.vectors = [key for key in sorted(spaces) if spaces[key].dtype != np.uint8]
-        self.images = [key for key in sorted(spaces) if spaces[key].dtype == np.uint8]
+        self.vectors = {key: space.shape[0] for key, space in sorted(spaces.items()) if space.dtype != np.uint8}
+        self.images = {key: space.shape[-1] for key, space in sorted(spaces.items()) if space.dtype == np.uint8}
         self.embed_dim = (args.units if self.vectors else 0) + (32 * args.depth if self.images else 0)
         if self.vectors:
-            self.layers = MLP(sum(spaces[key].shape[0] for key in self.vectors), args.units, 4)
+            self.layers = MLP(sum(self.vectors.values()), args.units, 4)
         if self.images:
-            depths = [sum(spaces[key].shape[-1] for key in self.images)] + [args.depth * m for m in (1, 2, 4, 8)]
+            depths = [sum(self.images.values())] + [args.depth * m for m in (1, 2, 4, 8)]
             self.convs = nn.Sequential(*[nn.Sequential(nn.Conv2d(*x, 4, 2), nn.ELU()) for x in pairwise(depths)])
 
     def forward(self, obs):
@@ -499,8 +498,8 @@ class Encoder(nn.Module):
             embed.append(self.layers(torch.cat([obs[key] for key in self.vectors], -1)))
         if self.images:
             image = torch.cat([obs[key] for key in self.images], -1)
-            x = self.convs(image.flatten(0, 1).permute(0, 3, 1, 2) / 255 - 0.5)
-            embed.append(x.permute(0, 2, 3, 1).reshape(*image.shape[:2], -1))
+            x = self.convs(image.flatten(0, -4).permute(0, 3, 1, 2) / 255 - 0.5)
+            embed.append(x.permute(0, 2, 3, 1).reshape(*image.shape[:-3], -1))
         return torch.cat(embed, -1)
 
 
@@ -509,18 +508,18 @@ class Decoder(nn.Module):
 
     def __init__(self, spaces, args):
         super().__init__()
-        self.vectors = [key for key in sorted(spaces) if spaces[key].dtype != np.uint8]
-        self.images = [key for key in sorted(spaces) if spaces[key].dtype == np.uint8]
+        self.vectors = {key: space.shape[0] for key, space in sorted(spaces.items()) if space.dtype != np.uint8}
+        self.images = {key: space.shape[-1] for key, space in sorted(spaces.items()) if space.dtype == np.uint8}
         feat_dim = args.deter + args.stoch * args.classes
         if self.vectors:
             self.layers = MLP(feat_dim, args.units, 4)
-            self.heads = nn.ModuleList(Output(args.units, spaces[key].shape[0]) for key in self.vectors)
+            self.heads = nn.ModuleList(Output(args.units, size) for size in self.vectors.values())
         if self.images:
-            depth, self.channels = args.depth, [spaces[key].shape[-1] for key in self.images]
+            depth = args.depth
             self.map = nn.Linear(feat_dim, 32 * depth)
             shapes = (32 * depth, 4 * depth, 5), (4 * depth, 2 * depth, 5), (2 * depth, depth, 6)  # in, out, kernel
             convs = [nn.Sequential(Deconv(*shape, 2), nn.ELU()) for shape in shapes]
-            self.convs = nn.Sequential(*convs, Deconv(depth, sum(self.channels), 6, 2))
+            self.convs = nn.Sequential(*convs, Deconv(depth, sum(self.images.values()), 6, 2))
 
     def forward(self, feat):
         means = {}
@@ -530,7 +529,7 @@ class Decoder(nn.Module):
         if self.images:
             image = self.convs(self.map(feat.flatten(0, 1)).unflatten(-1, (-1, 1, 1)))
             image = image.float().permute(0, 2, 3, 1).unflatten(0, feat.shape[:2])
-            means |= zip(self.images, image.split(self.channels, -1), strict=True)
+            means |= zip(self.images, image.split([*self.images.values()], -1), strict=True)
         return means
 
 
@@ -547,13 +546,12 @@ class RSSM(nn.Module):
         self.inputs = MLP(stoch_dim + action_dim, args.hidden, 1)
         self.gates = nn.Linear(args.hidden + args.deter, 3 * args.deter)
         self.gates_norm = nn.LayerNorm(3 * args.deter, eps=1e-3)
-        self.post_in = MLP(args.deter + embed_dim, args.hidden, 1)
-        self.post_out = Output(args.hidden, out_dim)
+        self.post_net = MLP(args.deter + embed_dim, args.hidden, 1, out_dim)
         self.prior_net = MLP(args.deter, args.hidden, 1, out_dim)
 
     def initial(self, batch_size):
         """State of zeros: deter (B, D), stoch (B, S, K)."""
-        zeros, args = self.post_out.weight.new_zeros, self.args
+        zeros, args = self.post_net[-1].weight.new_zeros, self.args
         return zeros(batch_size, args.deter), zeros(batch_size, args.stoch, args.classes)
 
     def gru(self, deter, stoch, action):
@@ -589,11 +587,12 @@ class RSSM(nn.Module):
         """Logits of stoch before the observation: (..., D) -> (..., S, K)."""
         return self.logit(self.prior_net(deter))
 
-    def obs_step(self, state, action, embed, mask):
-        """One step with an observation: mask (B, 1) is 0 where an episode starts -> state, posterior (B, S, K)."""
+    def obs_step(self, state, action, embed, is_first):
+        """One step with an observation; where is_first (B,), all before is forgotten -> state, posterior (B, S, K)."""
         deter, stoch = state
+        mask = 1 - is_first.float().unsqueeze(-1)
         deter = self.gru(deter * mask, stoch * mask.unsqueeze(-1), action * mask)
-        post = self.logit(self.post_out(self.post_in(torch.cat([deter, embed], -1))))
+        post = self.logit(self.post_net(torch.cat([deter, embed], -1)))
         return (deter, self.sample(post)), post
 
     def img_step(self, state, action):
@@ -604,21 +603,19 @@ class RSSM(nn.Module):
     def observe(self, embed, action, is_first, start):
         """Embed (B, T, E), action (B, T, A) that led to each step, is_first (B, T), state before -> posterior states:
         deter (B, T, D), stoch (B, T, S, K), post (B, T, S, K)."""
-        mask = 1 - is_first.float().unsqueeze(-1)
         state, steps = start, []
-        for inputs in zip(action.unbind(1), embed.unbind(1), mask.unbind(1), strict=True):
+        for inputs in zip(action.unbind(1), embed.unbind(1), is_first.unbind(1), strict=True):
             state, post = self.obs_step(state, *inputs)
             steps.append((*state, post))
         return tuple(torch.stack(x, 1) for x in zip(*steps, strict=True))
 
     def imagine(self, start, policy, horizon):
-        """What follows a state under a policy, (feat (N, F), t) -> action (N, A): feat (N, P, F), action (N, P, A)."""
+        """What follows a state under a policy, (feat (N, F), t) -> action (N, A): feat (N, P, F), action (N, H, A)."""
         state, feats, actions = start, [feature(*start)], []
         for t in range(horizon):
             actions.append(policy(feats[t], t))
             state = self.img_step(state, actions[t])
             feats.append(feature(*state))
-        actions.append(policy(feats[-1], horizon))
         return torch.stack(feats, 1), torch.stack(actions, 1)
 
 
@@ -677,9 +674,8 @@ class WorldModel(nn.Module):
 
     def decode(self, feat):
         """(B, T, F) -> observations as the environment gives them, key -> (B, T, ...)."""
-        means = self.decoder(feat)
-        images = {key: ((means[key] + 0.5) * 255).clamp(0, 255).round().byte() for key in self.decoder.images}
-        return means | images
+        means = self.decoder(feat).items()
+        return {k: ((v + 0.5) * 255).clamp(0, 255).round().byte() if k in self.decoder.images else v for k, v in means}
 
 
 # === Behaviour ========================================================================================================
@@ -723,42 +719,38 @@ class Behaviour(nn.Module):
         gradient = "reinforce" if discrete or replay else "dynamics"
         self.actor_gradient = gradient if args.actor_gradient == "auto" or replay else args.actor_gradient
 
-    def sequences(self, world_model, data, deter, stoch, feat):
-        """What actor and critic learn from: feat (N, P, F), action (N, P, A) taken there, reward, continue (N, P)."""
-        end = (1 - data["is_terminal"].float()) * self.args.discount  # (B, T)
-        if self.args.behaviour_from == "replay":
-            return feat.detach(), data["action"].roll(-1, 1), data["reward"], end
-        start = deter.detach().flatten(0, 1), stoch.detach().flatten(0, 1)
-        policy = lambda feat, t: self.actor.sample(self.actor(feat.detach()))  # noqa: E731
-        imag_feat, imag_action = world_model.rssm.imagine(start, policy, self.args.imagination_horizon)
-        cont = world_model.cont(imag_feat)  # (N, P)
-        if self.args.predict_continue:
-            cont = torch.cat([end.view(-1, 1), cont[:, 1:]], 1)  # (N, P)
-        return imag_feat, imag_action, world_model.reward(imag_feat), cont
-
     def loss(self, world_model, data, deter, stoch, feat):
         """Eq. 4 to 6 (arXiv:2010.02193v4): losses of actor (N, L) and critic (N, H) by name; stats.
         data as for the world model; deter (B, T, D), stoch (B, T, S, K), feat (B, T, F)."""
         args, actor = self.args, self.actor
+        end = (1 - data["is_terminal"].float()) * args.discount  # (B, T)
         with torch.set_grad_enabled(self.actor_gradient != "reinforce"):
-            imag_feat, imag_action, reward, cont = self.sequences(world_model, data, deter, stoch, feat)
+            if args.behaviour_from == "replay":
+                imag_feat, imag_action, reward, cont = feat.detach(), data["action"][:, 1:], data["reward"], end
+            else:
+                start = deter.detach().flatten(0, 1), stoch.detach().flatten(0, 1)
+                policy = lambda feat, t: actor.sample(actor(feat.detach()))  # noqa: E731
+                imag_feat, imag_action = world_model.rssm.imagine(start, policy, args.imagination_horizon)
+                reward = world_model.reward(imag_feat)  # (N, P)
+                cont = world_model.cont(imag_feat)  # (N, P)
+                if args.predict_continue:
+                    cont = torch.cat([end.view(-1, 1), cont[:, 1:]], 1)  # (N, P)
             slow_value = self.slow_critic(imag_feat).squeeze(-1) if args.critic else torch.zeros_like(reward)  # (N, P)
             lmbda = args.lmbda if args.critic else 1.0
             returns = lambda_return(reward[:, :-1], cont[:, :-1], slow_value[:, 1:], lmbda)  # (N, H)
         torch.clear_autocast_cache()  # which holds copies of the actor's weights that were made without gradient
-        imag_feat = imag_feat.detach()  # (N, P, F)
         weight = F.pad(cont[:, :-1].detach(), (1, 0), value=1.0).cumprod(1)  # (N, P)
         # the action at t earns what follows it: the return of t + 1, which starts with the reward of t + 1
-        policy = actor(imag_feat[:, :-2])
+        policy = actor(imag_feat[:, :-2].detach())
         entropy = policy.entropy()  # (N, L)
         objective = target = returns[:, 1:]  # (N, L)
         advantage = (target - slow_value[:, :-2]).detach()  # (N, L)
         if self.actor_gradient != "dynamics":
-            objective = policy.log_prob(imag_action[:, :-2]) * advantage  # (N, L)
+            objective = policy.log_prob(imag_action[:, :-1]) * advantage  # (N, L)
         if self.actor_gradient == "both":  # a continuous action has a gradient in log_prob too: so in the authors' code
             objective = args.actor_gradient_mix * target + (1 - args.actor_gradient_mix) * objective  # (N, L)
         losses = {"actor_loss": -weight[:, :-2] * (objective + args.entropy_scale * entropy)}
-        value = self.critic(imag_feat[:, :-1]).squeeze(-1)  # (N, H)
+        value = self.critic(imag_feat[:, :-1].detach()).squeeze(-1)  # (N, H)
         losses["critic_loss"] = weight[:, :-1] * normal_loss(value, returns.detach())  # (N, H)
         stats = dict(actor_entropy=entropy.mean(), advantage_std=advantage.std(), value_mean=value.mean())
         stats |= dict(return_mean=returns.mean())
@@ -804,7 +796,6 @@ class Agent(nn.Module):
         self.behaviour = Behaviour(args, self.action_dim, self.discrete)
         self.apply(initialise).to(device)
         self.behaviour.slow_critic.load_state_dict(self.behaviour.critic.state_dict())
-        self.trained = [p for p in self.parameters() if p.requires_grad]
         self.optimizers = {
             "world_model": Adam(self.world_model.parameters(), args.model_rate, args),
             "actor": Adam(self.behaviour.actor.parameters(), args.actor_rate, args),
@@ -831,9 +822,8 @@ class Agent(nn.Module):
         """Observations (num_envs, ...) with is_first, what it returned last -> deter, stoch, action: sample or mode."""
         deter, stoch, action = carry
         with self.autocast():
-            embed = self.world_model.encoder({key: obs[key].unsqueeze(1) for key in self.spaces}).squeeze(1)
-            mask = 1 - obs["is_first"].float().unsqueeze(-1)
-            (deter, stoch), _ = self.world_model.rssm.obs_step((deter, stoch), action, embed, mask)
+            embed = self.world_model.encoder(obs)
+            (deter, stoch), _ = self.world_model.rssm.obs_step((deter, stoch), action, embed, obs["is_first"])
             return deter, stoch, self.policy(deter, stoch, training)
 
     def policy(self, deter, stoch, training=True):
@@ -861,27 +851,25 @@ class Agent(nn.Module):
             data = data | {"reward": data["reward"].tanh()}
         with self.autocast():
             losses, deter, stoch, feat, stats = self.world_model.loss(data, self.start(data))
-        losses = {name: loss.mean() for name, loss in losses.items()}
         scales = {"kl_loss": args.kl_scale, "continue_loss": args.continue_scale}
-        total = sum(scales.get(name, 1.0) * loss for name, loss in losses.items())
-        self.descend(stats, world_model=total)
+        total = sum(scales.get(name, 1.0) * loss.mean() for name, loss in losses.items())
+        stats |= self.descend(world_model=total)
         with self.autocast():  # imagination takes the updated model
             more, more_stats = self.behaviour.loss(self.world_model, data, deter, stoch, feat)
-        losses |= {name: loss.mean() for name, loss in more.items()}
-        self.descend(stats, actor=losses["actor_loss"], critic=losses["critic_loss"])
+        losses = {name: loss.mean() for name, loss in (losses | more).items()}
+        stats |= self.descend(actor=losses["actor_loss"], critic=losses["critic_loss"]) | more_stats
         slow, fast = self.behaviour.slow_critic.parameters(), self.behaviour.critic.parameters()
         with torch.no_grad():  # a copy at the first update and every `slow_critic_every` after it
             now = (self.optimizers["critic"].updates - 1) % args.slow_critic_every == 0
             for old, new in zip(slow, fast, strict=True):
                 old.copy_(torch.where(now, new, old))
-        stats |= more_stats
         metrics = {f"losses/{k}": v for k, v in losses.items()} | {f"stats/{k}": v for k, v in stats.items()}
         return {key: value.detach().float() for key, value in metrics.items()}
 
-    def descend(self, stats, **losses):
-        """One step on each loss, by the optimizer's name; all gradients come before the first step."""
+    def descend(self, **losses):
+        """One step on each loss, by the optimizer's name -> norms; all gradients come before the first step."""
         grads = {name: torch.autograd.grad(loss, self.optimizers[name].params) for name, loss in losses.items()}
-        stats |= {f"{name}_grad_norm": self.optimizers[name].step(grad) for name, grad in grads.items()}
+        return {f"{name}_grad_norm": self.optimizers[name].step(grad) for name, grad in grads.items()}
 
     def optimizer_state(self):
         """All that the optimizers depend on besides parameters and gradients, as a list of tensors."""
@@ -969,7 +957,7 @@ def open_loop(agent, data, context=5):
     model, action, T = agent.world_model, data["action"], data["action"].shape[1]
     seen = [x[:, :context] for x in (model.encoder(data), action, data["is_first"])]
     deter, stoch, _ = model.rssm.observe(*seen, agent.start(data))
-    replayed = lambda _, t: action[:, min(context + t, T - 1)]  # noqa: E731
+    replayed = lambda _, t: action[:, context + t]  # noqa: E731
     dream, _ = model.rssm.imagine((deter[:, -1], stoch[:, -1]), replayed, T - context)
     decoded = model.decode(torch.cat([feature(deter, stoch), dream[:, 1:]], 1))
     truth, dream = [picture({key: obs[key].cpu().numpy() for key in decoded}) for obs in (data, decoded)]
@@ -1059,7 +1047,7 @@ def train(args):
         names = dict(project=args.wandb_project_name, entity=args.wandb_entity, name=os.path.basename(run))
         wandb.init(**names, config=vars(args), sync_tensorboard=True)
     writer = SummaryWriter(run, purge_step=frame + 1)
-    print(f"{run}: {sum(p.numel() for p in agent.trained):,} parameters, {device}")
+    print(f"{run}: {sum(p.numel() for p in agent.parameters() if p.requires_grad):,} parameters, {device}")
 
     stop = []
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # the first ends in good order, the next at once

@@ -398,7 +398,7 @@ def twohot_loss(logit, *targets):
         low, high = bins[above - 1], bins[above]
         weight = ((target - low) / (high - low)).clamp(0, 1)
         both = log_probs.gather(-1, torch.stack([above - 1, above], -1))
-        loss = loss - (1 - weight) * both[..., 0] - weight * both[..., 1]
+        loss = loss - torch.lerp(both[..., 0], both[..., 1], weight)
     return loss
 
 
@@ -407,7 +407,7 @@ def sample_onehot(probs):
     with torch.no_grad():
         index = (probs[..., :-1].cumsum(-1) <= torch.rand_like(probs[..., :1])).sum(-1)
         onehot = F.one_hot(index, probs.shape[-1]).to(probs.dtype)
-    return onehot + (probs - probs.detach()) if probs.requires_grad else onehot
+    return onehot + (probs - probs.detach())
 
 
 def kl_divergence(p, q):
@@ -511,18 +511,18 @@ class MLP(nn.Sequential):
 
 
 class Encoder(nn.Module):
-    """Observations (B, T, ...) -> embed (B, T, E): vectors through an MLP, images through convolutions."""
+    """Observations (B or B, T, ...) -> embed (..., E): vectors through an MLP, images through convolutions."""
 
     def __init__(self, spaces, args):
         super().__init__()
-        self.vectors = [key for key in sorted(spaces) if spaces[key].dtype != np.uint8]
-        self.images = [key for key in sorted(spaces) if spaces[key].dtype == np.uint8]
+        self.vectors = {key: space.shape[0] for key, space in sorted(spaces.items()) if space.dtype != np.uint8}
+        self.images = {key: space.shape[-1] for key, space in sorted(spaces.items()) if space.dtype == np.uint8}
         side = args.image_size // 16  # of the last map
         self.embed_dim = (args.units if self.vectors else 0) + (side**2 * 4 * args.depth if self.images else 0)
         if self.vectors:
-            self.layers = MLP(sum(spaces[key].shape[0] for key in self.vectors), args.units, 3)
+            self.layers = MLP(sum(self.vectors.values()), args.units, 3)
         if self.images:
-            depths = [sum(spaces[key].shape[-1] for key in self.images)] + [args.depth * m for m in (2, 3, 4, 4)]
+            depths = [sum(self.images.values())] + [args.depth * m for m in (2, 3, 4, 4)]
             self.convs = nn.Sequential(*layers(Conv, depths))
 
     def forward(self, obs):
@@ -531,7 +531,7 @@ class Encoder(nn.Module):
             embed.append(self.layers(symlog(torch.cat([obs[key] for key in self.vectors], -1))))
         if self.images:
             image = torch.cat([obs[key] for key in self.images], -1)
-            embed.append(self.convs(image.flatten(0, 1) / 255 - 0.5).reshape(*image.shape[:2], -1))
+            embed.append(self.convs(image.flatten(0, -4) / 255 - 0.5).reshape(*image.shape[:-3], -1))
         return torch.cat(embed, -1)
 
 
@@ -540,20 +540,19 @@ class Decoder(nn.Module):
 
     def __init__(self, spaces, args):
         super().__init__()
-        self.vectors = [key for key in sorted(spaces) if spaces[key].dtype != np.uint8]
-        self.images = [key for key in sorted(spaces) if spaces[key].dtype == np.uint8]
+        self.vectors = {key: space.shape[0] for key, space in sorted(spaces.items()) if space.dtype != np.uint8}
+        self.images = {key: space.shape[-1] for key, space in sorted(spaces.items()) if space.dtype == np.uint8}
         feat_dim = args.deter + args.stoch * args.classes
         if self.vectors:
             self.layers = MLP(feat_dim, args.units, 3)
-            self.heads = nn.ModuleList(Output(args.units, spaces[key].shape[0]) for key in self.vectors)
+            self.heads = nn.ModuleList(Output(args.units, size) for size in self.vectors.values())
         if self.images:
             self.side, self.deter, depth = args.image_size // 16, args.deter, args.depth * 4
             size = self.side**2 * depth
             self.deter_map = BlockLinear(args.deter, size, args.decoder_blocks)
             self.stoch_map = MLP(feat_dim - args.deter, 2 * args.units, 1, size)
-            self.channels = [spaces[key].shape[-1] for key in self.images]
             convs = layers(UpsampleConv, [depth] + [args.depth * m for m in (4, 3, 2)])
-            output = UpsampleConv(2 * args.depth, sum(self.channels))
+            output = UpsampleConv(2 * args.depth, sum(self.images.values()))
             self.convs = nn.Sequential(RMSNorm(depth, 1e-4), nn.SiLU(), *convs, output)
 
     def forward(self, feat):
@@ -567,7 +566,7 @@ class Decoder(nn.Module):
             x = self.deter_map(deter).unflatten(-1, (len(self.deter_map.weight), self.side, self.side, -1))
             x = x.movedim(1, 3).flatten(3) + self.stoch_map(stoch).unflatten(-1, (self.side, self.side, -1))
             image = self.convs(x).float().sigmoid().unflatten(0, feat.shape[:2])
-            means |= zip(self.images, image.split(self.channels, -1), strict=True)
+            means |= zip(self.images, image.split([*self.images.values()], -1), strict=True)
         return means
 
 
@@ -587,13 +586,12 @@ class RSSM(nn.Module):
         self.mix = BlockLinear(args.deter + args.blocks * 3 * args.hidden, args.deter, args.blocks)
         self.mix_norm = RMSNorm(args.deter, 1e-4)
         self.gates = BlockLinear(args.deter, 3 * args.deter, args.blocks)
-        self.post_in = MLP(args.deter + embed_dim, args.hidden, 1)
-        self.post_out = Output(args.hidden, stoch_dim)
+        self.post_net = MLP(args.deter + embed_dim, args.hidden, 1, stoch_dim)
         self.prior_net = MLP(args.deter, args.hidden, 2, stoch_dim)
 
     def initial(self, batch_size):
         """State of zeros: deter (B, D), stoch (B, S, K)."""
-        zeros, args = self.post_out.weight.new_zeros, self.args
+        zeros, args = self.post_net[-1].weight.new_zeros, self.args
         return zeros(batch_size, args.deter), zeros(batch_size, args.stoch, args.classes)
 
     def gru(self, deter, stoch, action):
@@ -612,19 +610,19 @@ class RSSM(nn.Module):
 
     def probs(self, logit):
         """Logits (..., S*K) -> probabilities (..., S, K) with a uniform share (p. 5)."""
-        logit = logit.unflatten(-1, (self.args.stoch, self.args.classes))
-        exp = (logit - logit.detach().amax(-1, keepdim=True)).exp()  # softmax over few classes is slow on a CPU
-        return (1 - self.args.unimix) * exp / exp.sum(-1, keepdim=True) + self.args.unimix / self.args.classes
+        probs = logit.unflatten(-1, (self.args.stoch, self.args.classes)).softmax(-1)
+        return (1 - self.args.unimix) * probs + self.args.unimix / self.args.classes
 
     def prior(self, deter):
         """Probabilities of stoch before the observation: (..., D) -> (..., S, K)."""
         return self.probs(self.prior_net(deter))
 
-    def obs_step(self, state, action, embed, mask):
-        """One step with an observation: mask (B, 1) is 0 where an episode starts -> state, posterior (B, S, K)."""
+    def obs_step(self, state, action, embed, is_first):
+        """One step with an observation; where is_first (B,), all before is forgotten -> state, posterior (B, S, K)."""
         deter, stoch = state
+        mask = 1 - is_first.float().unsqueeze(-1)
         deter = self.gru(deter * mask, stoch * mask.unsqueeze(-1), action * mask)
-        post = self.probs(self.post_out(self.post_in(torch.cat([deter, embed], -1))))
+        post = self.probs(self.post_net(torch.cat([deter, embed], -1)))
         return (deter, sample_onehot(post)), post
 
     def img_step(self, state, action):
@@ -635,21 +633,19 @@ class RSSM(nn.Module):
     def observe(self, embed, action, is_first, start):
         """Embed (B, T, E), action (B, T, A) that led to each step, is_first (B, T), state before -> posterior states:
         deter (B, T, D), stoch (B, T, S, K), post (B, T, S, K)."""
-        mask = 1 - is_first.float().unsqueeze(-1)
         state, steps = start, []
-        for inputs in zip(action.unbind(1), embed.unbind(1), mask.unbind(1), strict=True):
+        for inputs in zip(action.unbind(1), embed.unbind(1), is_first.unbind(1), strict=True):
             state, post = self.obs_step(state, *inputs)
             steps.append((*state, post))
         return tuple(torch.stack(x, 1) for x in zip(*steps, strict=True))
 
     def imagine(self, start, policy, horizon):
-        """What follows a state under a policy, (feat (N, F), t) -> action (N, A): feat (N, P, F), action (N, P, A)."""
+        """What follows a state under a policy, (feat (N, F), t) -> action (N, A): feat (N, P, F), action (N, H, A)."""
         state, feats, actions = start, [feature(*start)], []
         for t in range(horizon):
             actions.append(policy(feats[t], t))
             state = self.img_step(state, actions[t])
             feats.append(feature(*state))
-        actions.append(policy(feats[-1], horizon))
         return torch.stack(feats, 1), torch.stack(actions, 1)
 
 
@@ -690,8 +686,8 @@ class WorldModel(nn.Module):
         losses["continue_loss"] = F.binary_cross_entropy_with_logits(cont, target, reduction="none")  # (B, T)
         losses["dyn_loss"] = kl_divergence(post.detach(), prior).clamp(min=args.free_nats)  # (B, T)
         losses["rep_loss"] = kl_divergence(post, prior.detach()).clamp(min=args.free_nats)  # (B, T)
-        post_entropy, prior_entropy = (-(probs * probs.log()).sum((-2, -1)).mean() for probs in (post, prior))
-        stats = dict(posterior_entropy=post_entropy, prior_entropy=prior_entropy, kl=kl_divergence(post, prior).mean())
+        entropies = [torch.special.entr(probs).sum((-2, -1)).mean() for probs in (post, prior)]
+        stats = dict(posterior_entropy=entropies[0], prior_entropy=entropies[1], kl=kl_divergence(post, prior).mean())
         return losses, deter, stoch, feat, stats
 
     def reward(self, feat):
@@ -745,8 +741,7 @@ class Behaviour(nn.Module):
         self.actor = Actor(args, feat_dim, action_dim, discrete)
         self.critic = MLP(feat_dim, args.units, 3, args.bins)
         self.slow_critic = MLP(feat_dim, args.units, 3, args.bins).requires_grad_(False)
-        self.register_buffer("return_range", torch.zeros(2))  # averages of these percentiles
-        self.register_buffer("percentiles", torch.tensor([0.05, 0.95]), persistent=False)
+        self.register_buffer("return_range", torch.zeros(2))  # averages of two percentiles
 
     def loss(self, world_model, data, deter, stoch, feat):
         """Eq. 5 to 7 (arXiv:2301.04104v2): losses of actor and critic by name, (N, H) and, on replay, (B, L); stats.
@@ -767,7 +762,7 @@ class Behaviour(nn.Module):
         scale = self.scale(returns)
         advantage = (returns - value[:, :-1]) / scale  # (N, H)
         policy = actor(imag_feat[:, :-1])
-        log_prob, entropy = policy.log_prob(imag_action[:, :-1]), policy.entropy()  # (N, H)
+        log_prob, entropy = policy.log_prob(imag_action), policy.entropy()  # (N, H)
         losses = {"actor_loss": -weight * (log_prob * advantage + args.entropy_scale * entropy)}
         losses["critic_loss"] = weight * twohot_loss(critic_logit[:, :-1], returns, slow_value[:, :-1])  # (N, H)
 
@@ -788,7 +783,7 @@ class Behaviour(nn.Module):
         if dist.is_initialized():  # the returns of all processes
             mine, returns = returns, returns.repeat(dist.get_world_size(), 1)
             dist.all_gather_into_tensor(returns, mine.contiguous())
-        self.return_range.lerp_(torch.quantile(returns, self.percentiles), self.args.return_rate)
+        self.return_range.lerp_(torch.stack([returns.quantile(q) for q in (0.05, 0.95)]), self.args.return_rate)
         return (self.return_range[1] - self.return_range[0]).clamp(min=1)
 
 
@@ -859,9 +854,8 @@ class Agent(nn.Module):
         """Observations (num_envs, ...) with is_first, what it returned last -> deter, stoch, a sample of the action."""
         deter, stoch, action = carry
         with self.autocast():
-            embed = self.world_model.encoder({key: obs[key].unsqueeze(1) for key in self.spaces}).squeeze(1)
-            mask = 1 - obs["is_first"].float().unsqueeze(-1)
-            (deter, stoch), _ = self.world_model.rssm.obs_step((deter, stoch), action, embed, mask)
+            embed = self.world_model.encoder(obs)
+            (deter, stoch), _ = self.world_model.rssm.obs_step((deter, stoch), action, embed, obs["is_first"])
             return deter, stoch, self.policy(deter, stoch)
 
     def policy(self, deter, stoch):
@@ -876,32 +870,26 @@ class Agent(nn.Module):
         """The state before a sequence, from the latents that the replay holds."""
         return data["deter"], F.one_hot(data["stoch"].long(), self.args.classes).float()
 
-    def loss(self, data):
-        """Batch -> losses (means, by name), the scaled sum, the new latents, stats; Eq. 4 (arXiv:2301.04104v2)."""
+    def update(self, data):
+        """One gradient step on a batch from the replay -> the new latents, metrics by key; never waits for the GPU."""
         args = self.args
         with self.autocast():
             losses, deter, stoch, feat, stats = self.world_model.loss(data, self.start(data))
             more, more_stats = self.behaviour.loss(self.world_model, data, deter, stoch, feat)
         losses = {name: loss.mean() for name, loss in (losses | more).items()}
         scales = dict(dyn_loss=args.dyn_scale, rep_loss=args.rep_scale, replay_critic_loss=args.replay_critic_scale)
-        total = sum(scales.get(name, 1.0) * loss for name, loss in losses.items())
-        latents = {"deter": deter.detach(), "stoch": stoch.detach().argmax(-1).to(torch.int16)}
-        return losses, total, latents, stats | more_stats
-
-    def update(self, data):
-        """One gradient step on a batch from the replay -> the new latents, metrics by key; never waits for the GPU.
-        data: observations (B, T, ...), action, reward, flags, and the latents before it: deter (B, D), stoch (B, S)."""
-        losses, total, latents, stats = self.loss(data)
+        total = sum(scales.get(name, 1.0) * loss for name, loss in losses.items())  # Eq. 4 (arXiv:2301.04104v2)
         # in one layout, for NCCL and so that the optimizer's operations run as one kernel each
         grads = [grad.contiguous() for grad in torch.autograd.grad(total, self.trained)]
         if dist.is_initialized():
             for grad in grads:
                 dist.all_reduce(grad.div_(dist.get_world_size()))
-        stats |= self.optimizer.step(grads)
+        stats |= more_stats | self.optimizer.step(grads)
         slow, fast = self.behaviour.slow_critic.parameters(), self.behaviour.critic.parameters()
         with torch.no_grad():
-            torch._foreach_lerp_(list(slow), list(fast), self.args.slow_critic_rate)
+            torch._foreach_lerp_(list(slow), list(fast), args.slow_critic_rate)
         metrics = {f"losses/{k}": v for k, v in losses.items()} | {f"stats/{k}": v for k, v in stats.items()}
+        latents = {"deter": deter.detach(), "stoch": stoch.detach().argmax(-1).to(torch.int16)}
         return latents, {key: value.detach().float() for key, value in metrics.items()}
 
     def optimizer_state(self):
@@ -990,7 +978,7 @@ def open_loop(agent, data, context=5):
     model, action, T = agent.world_model, data["action"], data["action"].shape[1]
     seen = [x[:, :context] for x in (model.encoder(data), action, data["is_first"])]
     deter, stoch, _ = model.rssm.observe(*seen, agent.start(data))
-    replayed = lambda _, t: action[:, min(context + t, T - 1)]  # noqa: E731
+    replayed = lambda _, t: action[:, context + t]  # noqa: E731
     dream, _ = model.rssm.imagine((deter[:, -1], stoch[:, -1]), replayed, T - context)
     decoded = model.decode(torch.cat([feature(deter, stoch), dream[:, 1:]], 1))
     truth, dream = [picture({key: obs[key].cpu().numpy() for key in decoded}) for obs in (data, decoded)]
@@ -1085,7 +1073,7 @@ def train(args):
         names = dict(project=args.wandb_project_name, entity=args.wandb_entity, name=os.path.basename(run))
         wandb.init(**names, config=vars(args), sync_tensorboard=True)
     writer = SummaryWriter(run, purge_step=frame + 1)
-    print(f"{run}: {sum(p.numel() for p in agent.trained):,} parameters, {device}")
+    print(f"{run}: {sum(p.numel() for p in agent.parameters() if p.requires_grad):,} parameters, {device}")
 
     stop = []
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # the first ends in good order, the next at once

@@ -393,8 +393,7 @@ class Deconv(nn.ConvTranspose2d):
 
     def forward(self, x):
         if x.shape[2] == 1:  # of a 1×1 image it is a matrix product, which takes a CPU a sixth of the time
-            x = (x.flatten(1) @ self.weight.flatten(1)).unflatten(1, self.weight.shape[1:])
-            return (x + self.bias[:, None, None]).contiguous(memory_format=torch.channels_last)
+            return (torch.einsum("bihw,iokl->bklo", x, self.weight) + self.bias).permute(0, 3, 1, 2)
         return super().forward(x)
 
 
@@ -408,18 +407,18 @@ class MLP(nn.Sequential):
 
 
 class Encoder(nn.Module):
-    """Observations (B, T, ...) -> embed (B, T, E): vectors through an MLP, images through convolutions."""
+    """Observations (B or B, T, ...) -> embed (..., E): vectors through an MLP, images through convolutions."""
 
     def __init__(self, spaces, args):
         super().__init__()
-        self.vectors = [key for key in sorted(spaces) if spaces[key].dtype != np.uint8]
-        self.images = [key for key in sorted(spaces) if spaces[key].dtype == np.uint8]
+        self.vectors = {key: space.shape[0] for key, space in sorted(spaces.items()) if space.dtype != np.uint8}
+        self.images = {key: space.shape[-1] for key, space in sorted(spaces.items()) if space.dtype == np.uint8}
         self.bits = args.bits
         self.embed_dim = (args.units if self.vectors else 0) + (32 * args.depth if self.images else 0)
         if self.vectors:
-            self.layers = MLP(sum(spaces[key].shape[0] for key in self.vectors), args.units, 4)
+            self.layers = MLP(sum(self.vectors.values()), args.units, 4)
         if self.images:
-            depths = [sum(spaces[key].shape[-1] for key in self.images)] + [args.depth * m for m in (1, 2, 4, 8)]
+            depths = [sum(self.images.values())] + [args.depth * m for m in (1, 2, 4, 8)]
             self.convs = nn.Sequential(*[nn.Sequential(nn.Conv2d(*x, 4, 2), nn.ReLU()) for x in pairwise(depths)])
 
     def forward(self, obs):
@@ -428,8 +427,8 @@ class Encoder(nn.Module):
             embed.append(self.layers(torch.cat([obs[key] for key in self.vectors], -1)))
         if self.images:
             image = torch.cat([obs[key] for key in self.images], -1)
-            x = self.convs(preprocess(image.flatten(0, 1), self.bits).permute(0, 3, 1, 2))
-            embed.append(x.permute(0, 2, 3, 1).reshape(*image.shape[:2], -1))
+            x = self.convs(preprocess(image.flatten(0, -4), self.bits).permute(0, 3, 1, 2))
+            embed.append(x.permute(0, 2, 3, 1).reshape(*image.shape[:-3], -1))
         return torch.cat(embed, -1)
 
 
@@ -438,18 +437,18 @@ class Decoder(nn.Module):
 
     def __init__(self, spaces, args):
         super().__init__()
-        self.vectors = [key for key in sorted(spaces) if spaces[key].dtype != np.uint8]
-        self.images = [key for key in sorted(spaces) if spaces[key].dtype == np.uint8]
+        self.vectors = {key: space.shape[0] for key, space in sorted(spaces.items()) if space.dtype != np.uint8}
+        self.images = {key: space.shape[-1] for key, space in sorted(spaces.items()) if space.dtype == np.uint8}
         self.feat_dim = feat_dim = args.stoch + (args.deter if args.dynamics != "ssm" else 0)
         if self.vectors:
             self.layers = MLP(feat_dim, args.units, 4)
-            self.heads = nn.ModuleList(Output(args.units, spaces[key].shape[0]) for key in self.vectors)
+            self.heads = nn.ModuleList(Output(args.units, size) for size in self.vectors.values())
         if self.images:
-            depth, self.channels = args.depth, [spaces[key].shape[-1] for key in self.images]
+            depth = args.depth
             self.map = nn.Linear(feat_dim, 32 * depth)
             shapes = (32 * depth, 4 * depth, 5), (4 * depth, 2 * depth, 5), (2 * depth, depth, 6)  # in, out, kernel
             convs = [nn.Sequential(Deconv(*shape, 2), nn.ReLU()) for shape in shapes]
-            self.convs = nn.Sequential(*convs, Deconv(depth, sum(self.channels), 6, 2))
+            self.convs = nn.Sequential(*convs, Deconv(depth, sum(self.images.values()), 6, 2))
 
     def forward(self, feat):
         means, feat = {}, feat[..., -self.feat_dim :]
@@ -459,7 +458,7 @@ class Decoder(nn.Module):
         if self.images:
             image = self.convs(self.map(feat.flatten(0, 1)).unflatten(-1, (-1, 1, 1)))
             image = image.float().permute(0, 2, 3, 1).unflatten(0, feat.shape[:2])
-            means |= zip(self.images, image.split(self.channels, -1), strict=True)
+            means |= zip(self.images, image.split([*self.images.values()], -1), strict=True)
         return means
 
 
@@ -478,14 +477,13 @@ class RSSM(nn.Module):
         if self.recurrent:
             self.gates = nn.Linear(args.hidden + args.deter, 2 * args.deter)
             self.cand = nn.Linear(args.hidden + args.deter, args.deter)
-        self.post_in = MLP(args.deter + embed_dim, args.hidden, 1, activation=args.activation)
-        self.post_out = Output(args.hidden, 2 * args.stoch)
+        self.post_net = MLP(args.deter + embed_dim, args.hidden, 1, 2 * args.stoch, args.activation)
         inp, count = (args.deter, 1) if self.recurrent else (args.hidden, 0)
         self.prior_net = MLP(inp, args.hidden, count, 2 * args.stoch, args.activation)
 
     def initial(self, batch_size):
         """State of zeros: deter (B, D), stoch (B, S)."""
-        zeros, args = self.post_out.weight.new_zeros, self.args
+        zeros, args = self.post_net[-1].weight.new_zeros, self.args
         return zeros(batch_size, args.deter), zeros(batch_size, args.stoch)
 
     def gru(self, deter, stoch, action):
@@ -510,11 +508,12 @@ class RSSM(nn.Module):
             return torch.stack(deter.chunk(2, -1), -1)
         return gaussian(self.prior_net(deter))
 
-    def obs_step(self, state, action, embed, mask):
-        """One step with an observation: mask (B, 1) is 0 where the state is forgotten -> state, posterior (B, S, 2)."""
+    def obs_step(self, state, action, embed, is_first):
+        """One step with an observation; where is_first (B,), the state is forgotten -> state, posterior (B, S, 2)."""
         deter, stoch = state
+        mask = 1 - is_first.float().unsqueeze(-1)
         deter = self.gru(deter * mask, stoch * mask, action)
-        post = gaussian(self.post_out(self.post_in(torch.cat([deter, embed], -1))))
+        post = gaussian(self.post_net(torch.cat([deter, embed], -1)))
         return (deter, self.sample(post)), post
 
     def img_step(self, state, action):
@@ -525,21 +524,20 @@ class RSSM(nn.Module):
     def observe(self, embed, action, is_first, start):
         """Embed (B, T, E), action (B, T, A) that led to each step, is_first (B, T), state before -> posterior states:
         deter (B, T, D), stoch (B, T, S), post (B, T, S, 2)."""
-        mask = 1 - is_first.float().unsqueeze(-1)
         state, steps = start, []
-        for inputs in zip(action.unbind(1), embed.unbind(1), mask.unbind(1), strict=True):
+        for inputs in zip(action.unbind(1), embed.unbind(1), is_first.unbind(1), strict=True):
             state, post = self.obs_step(state, *inputs)
             steps.append((*state, post))
         return tuple(torch.stack(x, 1) for x in zip(*steps, strict=True))
 
     def imagine(self, start, policy, horizon):
         """What follows a state under a policy, (feat (N, F), t) -> action (N, A): feat (N, H, F), action (N, H, A)."""
-        state, feats, actions = start, [], []
+        state, feats, actions = start, [feature(*start)], []
         for t in range(horizon):
-            actions.append(policy(feature(*state), t))
+            actions.append(policy(feats[t], t))
             state = self.img_step(state, actions[t])
             feats.append(feature(*state))
-        return torch.stack(feats, 1), torch.stack(actions, 1)
+        return torch.stack(feats[1:], 1), torch.stack(actions, 1)
 
     def overshoot(self, deter, stoch, post, action, distance):
         """KL of the posterior, a constant here, from predictions over 2, 3, ... steps; Eq. 7 (arXiv:1811.04551v5).
@@ -667,10 +665,7 @@ class Agent(nn.Module):
         self.action_dim = int(action_space.n) if self.discrete else action_space.shape[0]
         self.world_model = WorldModel(args, spaces, self.action_dim)
         self.apply(initialise).to(device)
-        self.trained = [p for p in self.parameters() if p.requires_grad]
-        self.optimizers = {
-            "world_model": Adam(self.world_model.parameters(), args.model_rate, args),
-        }
+        self.optimizers = {"world_model": Adam(self.world_model.parameters(), args.model_rate, args)}
         if args.compile:
             rssm = self.world_model.rssm
             for part, name in ((rssm, "obs_step"), (rssm, "img_step")):
@@ -693,9 +688,9 @@ class Agent(nn.Module):
         The action is the first of a plan that is made afresh; in training, it is disturbed."""
         deter, stoch, action = carry
         with self.autocast():
-            embed = self.world_model.encoder({key: obs[key].unsqueeze(1) for key in self.spaces}).squeeze(1)
-            mask = 1 - obs["is_first"].float().unsqueeze(-1)
-            (deter, stoch), _ = self.world_model.rssm.obs_step((deter, stoch), action * mask, embed, mask)
+            embed = self.world_model.encoder(obs)
+            action = action * ~obs["is_first"].unsqueeze(-1)
+            (deter, stoch), _ = self.world_model.rssm.obs_step((deter, stoch), action, embed, obs["is_first"])
         action = self.policy(deter, stoch)
         return deter, stoch, self.explore(action) if training else action
 
@@ -737,18 +732,18 @@ class Agent(nn.Module):
         args = self.args
         with self.autocast():
             losses, stats = self.world_model.loss(data, self.start(data))
-        losses = {name: loss.mean() for name, loss in losses.items()}
         scales = {"reward_loss": args.reward_scale, "kl_loss": args.kl_scale if args.dynamics != "rnn" else 0.0}
         scales["overshooting_loss"] = args.overshooting_scale
-        total = sum(scales.get(name, 1.0) * loss for name, loss in losses.items())
-        self.descend(stats, world_model=total)
+        total = sum(scales.get(name, 1.0) * loss.mean() for name, loss in losses.items())
+        losses = {name: loss.mean() for name, loss in losses.items()}
+        stats |= self.descend(world_model=total)
         metrics = {f"losses/{k}": v for k, v in losses.items()} | {f"stats/{k}": v for k, v in stats.items()}
         return {key: value.detach().float() for key, value in metrics.items()}
 
-    def descend(self, stats, **losses):
-        """One step on each loss, by the optimizer's name; all gradients come before the first step."""
+    def descend(self, **losses):
+        """One step on each loss, by the optimizer's name -> norms; all gradients come before the first step."""
         grads = {name: torch.autograd.grad(loss, self.optimizers[name].params) for name, loss in losses.items()}
-        stats |= {f"{name}_grad_norm": self.optimizers[name].step(grad) for name, grad in grads.items()}
+        return {f"{name}_grad_norm": self.optimizers[name].step(grad) for name, grad in grads.items()}
 
     def optimizer_state(self):
         """All that the optimizers depend on besides parameters and gradients, as a list of tensors."""
@@ -926,7 +921,7 @@ def train(args):
         names = dict(project=args.wandb_project_name, entity=args.wandb_entity, name=os.path.basename(run))
         wandb.init(**names, config=vars(args), sync_tensorboard=True)
     writer = SummaryWriter(run, purge_step=frame + 1)
-    print(f"{run}: {sum(p.numel() for p in agent.trained):,} parameters, {device}")
+    print(f"{run}: {sum(p.numel() for p in agent.parameters() if p.requires_grad):,} parameters, {device}")
 
     stop = []
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # the first ends in good order, the next at once

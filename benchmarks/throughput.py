@@ -157,7 +157,8 @@ def measure(script, flags, options):
     device = script.setup(args)
     spaces, action_space = walker_spaces(script, args)
     agent = script.Agent(args, spaces, action_space, device)
-    row = {"parameters": sum(p.numel() for p in agent.trained), "batch": [args.batch_size, args.batch_length]}
+    size = sum(p.numel() for p in agent.parameters() if p.requires_grad)
+    row = {"parameters": size, "batch": [args.batch_size, args.batch_length]}
     data = batch(script, args, agent, spaces)
     if not options.compile:
         with CountOperations() as counter:

@@ -217,6 +217,20 @@ def reached(loss, module):
     return any(grad is not None and grad.abs().max() > 0 for grad in grads)
 
 
+@contextlib.contextmanager
+def calls(place, name):
+    """Notes calls of a function: a list of what it was given and what it returned."""
+    whole, seen = getattr(place, name), []
+
+    def noted(*inputs):
+        seen.append((inputs, whole(*inputs)))
+        return seen[-1][1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(place, name, noted)
+        yield seen
+
+
 def all_losses(script, agent, data):
     """Losses of world model and behaviour, and the statistics of what was imagined, by name."""
     losses, deter, stoch, feat, _ = agent.world_model.loss(data, agent.start(data))

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import all_losses, checkpoint, only_run, reached, run_script, scalars, small, tiny, train
+from conftest import all_losses, calls, checkpoint, only_run, reached, run_script, scalars, small, tiny, train
 from recordings import DEVICE, GOLDEN, Recorded, close, draws, gradients, tensor
 
 import dreamer_v1 as script
@@ -55,7 +55,7 @@ class Case(Recorded):
             add(f"{wm}.encoder.convs.{i}.0", f"encoder/h{i + 1}", "conv")
             add(f"{wm}.decoder.convs.{i}.0" if i < 3 else f"{wm}.decoder.convs.3", f"decoder/h{i + 2}", "conv")
         add(f"{wm}.decoder.map", "decoder/h1", "dense_feat")
-        layers = ("inputs.0.0", "img1"), ("post_in.0.0", "obs1"), ("post_out", "obs2")
+        layers = ("inputs.0.0", "img1"), ("post_net.0.0", "obs1"), ("post_net.1", "obs2")
         for ours, theirs in (*layers, ("prior_net.0.0", "img2"), ("prior_net.1", "img3")):
             add(f"{wm}.rssm.{ours}", f"dynamics/{theirs}")
         for i, (ours, theirs) in enumerate([("gates", "kernel"), ("recurrent_gates", "recurrent_kernel")]):
@@ -157,19 +157,19 @@ def test_parity_behaviour(case):
     scales = {"kl_loss": args.kl_scale, "continue_loss": args.continue_scale}
     close(sum(scales.get(name, 1.0) * loss.mean() for name, loss in losses.items()), golden["step1/loss/model"])
     behaviour, read = agent.behaviour, lambda name: np.moveaxis(golden[f"step1/imag/{name}"], 0, 1)
-    with case.samples(case.noise(1, "imagined")):
-        imag_feat, imag_action, reward, cont = behaviour.sequences(agent.world_model, deter, stoch)
+    imagine, compute = calls(agent.world_model.rssm, "imagine"), calls(script, "lambda_return")
+    with case.samples(case.noise(1, "imagined")), imagine as imagined, compute as computed:
+        losses, stats = behaviour.loss(agent.world_model, deter, stoch)
+    ((_, (imag_feat, imag_action)),), (((reward, cont, next_value, _), returns),) = imagined, computed
     close(imag_feat, case.feat(read("feat")))
     close(imag_action, read("action"))
-    close(reward[:, :-1], read("reward"))
-    close(cont[:, :-1], read("pcont"))
-    value = behaviour.critic(imag_feat).squeeze(-1)
-    close(value[:, :-1], read("value"))
-    close(value[:, -1], golden["step1/imag/bootstrap"])
-    close(script.lambda_return(reward[:, :-1], cont[:, :-1], value[:, 1:], args.lmbda), read("returns"))
-    close(torch.cat([torch.ones_like(cont[:, :1]), cont[:, :-2]], 1).cumprod(1), read("weight"))
-    with case.samples(case.noise(1, "imagined")):
-        losses, stats = behaviour.loss(agent.world_model, deter, stoch)
+    close(reward, read("reward"))
+    close(cont, read("pcont"))
+    close(behaviour.critic(imag_feat[:, 0]).squeeze(-1), read("value")[:, 0])
+    close(next_value[:, :-1], read("value")[:, 1:])
+    close(next_value[:, -1], golden["step1/imag/bootstrap"])
+    close(returns, read("returns"))
+    close(torch.cat([torch.ones_like(cont[:, :1]), cont[:, :-1]], 1).cumprod(1), read("weight"))
     close(losses["actor_loss"].mean(), golden["step1/loss/actor"])
     close(losses["critic_loss"].mean(), golden["step1/loss/value"])
     close(stats["return_mean"], read("returns").mean())
@@ -284,8 +284,9 @@ def test_rows_of_a_batch_have_noise_of_their_own():
     data = {key: value[:1].expand(2, *value.shape[1:]) for key, value in data.items()}
     _, deter, stoch, *_ = agent.world_model.loss(data, agent.start(data))
     assert not torch.isclose(stoch[0], stoch[1]).any()
-    same = (x[:1, :1].expand(2, 5, -1) for x in (deter, stoch))
-    imag_feat, imag_action, *_ = agent.behaviour.sequences(agent.world_model, *same)
+    with calls(agent.world_model.rssm, "imagine") as imagined:
+        agent.behaviour.loss(agent.world_model, *(x[:1, :1].expand(2, 5, -1) for x in (deter, stoch)))
+    ((_, (imag_feat, imag_action)),) = imagined
     assert imag_feat[..., agent.args.deter :].std(0).min() > 0.01 and imag_action.std(0).min() > 0.01
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import all_losses, reached, small, train
+from conftest import all_losses, calls, reached, small, train
 from recordings import DEVICE, GOLDEN, Recorded, close, gradients, replaced, tensor
 from test_replay import a_replay, add_episode, drawn
 
@@ -56,8 +56,9 @@ class Case(Recorded):
             add(f"{wm}.encoder.convs.{i}.0", f"encoder/conv{i}", "conv")
             add(f"{wm}.decoder.convs.{i}.0" if i < 3 else f"{wm}.decoder.convs.3", f"decoder/conv{i}", "conv")
         add(f"{wm}.decoder.map", "decoder/convin", "dense_feat")
-        layers = ("inputs.0.0", "img_in"), ("gates", "cell/dense"), ("post_in.0.0", "obs_out"), ("post_out", "obs_dist")
-        for ours, theirs in (*layers, ("prior_net.0.0", "img_out_0"), ("prior_net.1", "img_dist_0")):
+        layers = ("inputs.0.0", "img_in"), ("gates", "cell/dense"), ("prior_net.0.0", "img_out_0")
+        layers += ("prior_net.1", "img_dist_0"), ("post_net.0.0", "obs_out"), ("post_net.1", "obs_dist")
+        for ours, theirs in layers:
             add(f"{wm}.rssm.{ours}", f"rssm/{theirs}")
         self.names[f"{wm}.rssm.gates_norm.weight"] = "rssm/cell/norm/gamma", "same"
         self.names[f"{wm}.rssm.gates_norm.bias"] = "rssm/cell/norm/beta", "same"
@@ -78,7 +79,6 @@ class Case(Recorded):
         if "imagined" in parts:
             actions = read("imag_action" if self.discrete else "imag_action_u")
             queue += [x for pair in zip(actions, read("imag_state"), strict=True) for x in pair]
-            queue.append(actions[0])  # the last one does not matter
         return queue
 
     def samples(self, noise):
@@ -161,32 +161,31 @@ def test_parity_behaviour(case):
     scales = {"kl_loss": args.kl_scale, "continue_loss": args.continue_scale}
     total = sum(scales.get(name, 1.0) * loss.mean() for name, loss in losses.items())
     close(total, golden["step1/loss/model"])
-    agent.descend({}, world_model=total)
+    agent.descend(world_model=total)
     behaviour, read = agent.behaviour, lambda name: np.moveaxis(golden[f"step1/imag/{name}"], 0, 1)
-    with torch.no_grad():
-        with case.samples(case.noise(1, "imagined")):
-            imag_feat, imag_action, reward, cont = behaviour.sequences(agent.world_model, data, deter, stoch, feat)
-        close(imag_feat, case.feat(read("feat")))
-        close(imag_action[:, :-1], read("action")[:, 1:])  # ours: taken at a state, theirs: that led to it
-        close(reward[:, :-1], read("lr_reward"))
-        close(cont, read("discount"))
-        value = behaviour.slow_critic(imag_feat).squeeze(-1)
-        close(value[:, :-1], read("lr_value"))
-        close(value[:, -1], golden["step1/imag/bootstrap"])
-        returns = script.lambda_return(reward[:, :-1], cont[:, :-1], value[:, 1:], args.lmbda)
-        close(returns, read("target"))
-        close(torch.cat([torch.ones_like(cont[:, :1]), cont[:, :-1]], 1).cumprod(1), read("weight"))
-        close(value[:, :-2], read("baseline"))
-        policy = behaviour.actor(imag_feat[:, :-2])
-        if case.discrete:
-            close(policy.logits, tensor(read("policy_logits")).log_softmax(-1).cpu())
-        else:
-            close(policy.mode, read("policy_loc"))
-            close(policy.base_dist.scale, read("policy_scale"))
-        close(policy.entropy(), read("entropy"))
-        close(policy.log_prob(imag_action[:, :-2]), read("logprob"), atol=1e-4)
-    with case.samples(case.noise(1, "imagined")):
+    imagine, compute = calls(agent.world_model.rssm, "imagine"), calls(script, "lambda_return")
+    with case.samples(case.noise(1, "imagined")), imagine as imagined, compute as computed:
         losses, stats = behaviour.loss(agent.world_model, data, deter, stoch, feat)
+    ((_, (imag_feat, imag_action)),), (((reward, cont, next_value, _), returns),) = imagined, computed
+    close(imag_feat, case.feat(read("feat")))
+    close(imag_action, read("action")[:, 1:])  # ours: taken at a state, theirs: that led to it
+    close(reward, read("lr_reward"))
+    close(cont, read("discount")[:, :-1])
+    value = behaviour.slow_critic(imag_feat).squeeze(-1)
+    close(value[:, :-1], read("lr_value"))
+    close(value[:, :-2], read("baseline"))
+    close(next_value[:, :-1], read("lr_value")[:, 1:])
+    close(next_value[:, -1], golden["step1/imag/bootstrap"])
+    close(returns, read("target"))
+    close(torch.cat([torch.ones_like(cont[:, :1]), cont], 1).cumprod(1), read("weight"))
+    policy = behaviour.actor(imag_feat[:, :-2])
+    if case.discrete:
+        close(policy.logits, tensor(read("policy_logits")).log_softmax(-1).cpu())
+    else:
+        close(policy.mode, read("policy_loc"))
+        close(policy.base_dist.scale, read("policy_scale"))
+    close(policy.entropy(), read("entropy"))
+    close(policy.log_prob(imag_action[:, :-1]), read("logprob"), atol=1e-4)
     close(losses["actor_loss"].mean(), golden["step1/loss/actor"])
     close(losses["critic_loss"].mean(), golden["step1/loss/critic"])
     close(stats["return_mean"], read("target").mean())

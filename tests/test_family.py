@@ -9,7 +9,7 @@ import pytest
 import test_dreamer_v1
 import test_dreamer_v2
 import torch
-from conftest import all_losses, reached, run_script, small, tiny
+from conftest import all_losses, calls, reached, run_script, small, tiny
 from recordings import DEVICE, GOLDEN, close, draws, gradients, tensor
 
 DREAMERS = {"dreamer_v1": test_dreamer_v1, "dreamer_v2": test_dreamer_v2}
@@ -211,7 +211,7 @@ def test_only_its_own_optimizer_moves_a_part(dreamer, discrete):
     for trained in ("actor", "critic"):
         before = {name: [p.clone() for p in part.parameters()] for name, part in parts.items()}
         losses, _ = all_losses(dreamer, agent, data)
-        agent.descend({}, **{trained: losses[f"{trained}_loss"].mean()})
+        agent.descend(**{trained: losses[f"{trained}_loss"].mean()})
         for name, part in parts.items():
             moved = any(not torch.equal(a, b) for a, b in zip(before[name], part.parameters(), strict=True))
             assert moved == (name == trained)
@@ -220,12 +220,11 @@ def test_only_its_own_optimizer_moves_a_part(dreamer, discrete):
 @pytest.mark.parametrize("discrete", [True, False])
 def test_without_a_critic_returns_are_sums_of_rewards(dreamer, discrete):
     agent, data = small(dreamer, discrete, critic=False)
-    whole, seen = agent.behaviour.sequences, []
-    agent.behaviour.sequences = lambda *inputs: seen.append(whole(*inputs)) or seen[0]
-    losses, stats = all_losses(dreamer, agent, data)
-    ((_, _, reward, cont),) = seen
+    with calls(dreamer, "lambda_return") as computed:
+        losses, stats = all_losses(dreamer, agent, data)
+    (((reward, cont, *_), _),) = computed
     totals = [torch.zeros(len(reward))]
-    for t in reversed(range(reward.shape[1] - 1)):
+    for t in reversed(range(reward.shape[1])):
         totals.append(reward[:, t] + cont[:, t] * totals[-1])
     close(stats["return_mean"], torch.stack(totals[1:]).mean())
     assert not reached(losses["actor_loss"].mean(), agent.behaviour.critic)

@@ -17,7 +17,7 @@ FAMILY = ["planet", "dreamer_v1", "dreamer_v2", "dreamer_v3"]  # each is derived
 NEIGHBOURS = list(itertools.pairwise(FAMILY))
 # Ratchets. The aim of these four is 950, 1,000, 1,050 and 1,100 lines, 60 % of them the
 # algorithm's.
-BUDGET = dict(planet=1036, dreamer_v1=1106, dreamer_v2=1169, dreamer_v3=1202, worldmodels_v1=1091, genie=1236)
+BUDGET = dict(planet=1031, dreamer_v1=1095, dreamer_v2=1157, dreamer_v3=1190, worldmodels_v1=1091, genie=1236)
 ALGORITHM = 0.41  # least share of the lines from Maths to Agent
 ALIKE = {"dreamer_v1": (78.8, 60), "dreamer_v2": (78.8, 71), "dreamer_v3": (60.2, 110)}  # least % shared, most hunks
 BANNERS = "Arguments|Environment|Replay|Maths|Networks|World model|Behaviour|Agent|Dream|Run".split("|")

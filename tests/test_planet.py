@@ -82,8 +82,8 @@ class Case(Recorded):
 
         t, p = f"rnn/{cell}/transition", f"rnn/{cell}/posterior"
         add("rssm.inputs.0.0", f"{t}/dense")
-        add("rssm.post_in.0.0", f"{p}/dense")
-        add("rssm.post_out", f"{p}/dense_1", f"{p}/dense_2")
+        add("rssm.post_net.0.0", f"{p}/dense")
+        add("rssm.post_net.1", f"{p}/dense_1", f"{p}/dense_2")
         if cell == "ssm":
             add("rssm.prior_net.0", f"{t}/dense_1", f"{t}/dense_2")
         else:
@@ -130,7 +130,7 @@ def objective(agent, data):
     """What an update descends on."""
     totals = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(agent, "descend", lambda stats, world_model: totals.append(world_model))
+        patch.setattr(agent, "descend", lambda world_model: totals.append(world_model) or {})
         agent.update(data)
     return totals[0]
 
