@@ -303,16 +303,6 @@ def test_a_sequence_starts_from_zeros_but_with_its_action():
     assert not torch.isclose(whole[0][:, 0], changed[0][:, 0]).all()
 
 
-def test_the_density_of_the_tanh_normal():
-    grid = torch.linspace(-1, 1, 40_001, dtype=torch.float64, device=DEVICE)[1:-1]
-    for mean, std in ((0.3, 0.5), (-1.0, 0.2), (0.0, 0.8)):
-        policy = tanh_normal(*torch.tensor([[mean], [std]], dtype=torch.float64, device=DEVICE))
-        density = policy.log_prob(grid.unsqueeze(1)).exp()
-        assert torch.trapezoid(density, grid).item() == pytest.approx(1, abs=1e-4)
-        samples = policy.sample((200_000,))
-        assert samples.mean().item() == pytest.approx(torch.trapezoid(density * grid, grid).item(), abs=0.01)
-
-
 def test_the_mode_of_each_environment_is_its_own():
     actor = an_actor(discrete=False)
     policy = torch.tensor([[2.0, -2.0, 0.0], [-2.0, 2.0, 0.0]], device=DEVICE), torch.full((2, 3), 0.1, device=DEVICE)

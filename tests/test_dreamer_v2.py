@@ -284,22 +284,6 @@ def test_a_kl_of_unlikely_classes_is_finite():
     assert script.kl_divergence(logit, logit).item() == 0
 
 
-def test_the_truncated_normal_against_numbers():
-    policy = torch.tensor([[0.3, -0.9, 0.0]]), torch.tensor([[0.5, 0.1, 2.0]])
-    samples = truncated_normal(*(p.expand(200_000, 3).to(DEVICE) for p in policy)).rsample()
-    assert samples.abs().max() < 1
-    grid = torch.linspace(-1, 1, 20_001, dtype=torch.float64)
-    policy = tuple(p.double().to(DEVICE) for p in policy)
-    for i in range(3):
-        one = truncated_normal(*(p[:, i : i + 1] for p in policy))
-        density = one.log_prob(grid.unsqueeze(1).to(DEVICE)).exp()
-        assert torch.trapezoid(density, grid.to(DEVICE)).item() == pytest.approx(1, abs=1e-6)
-        mean = torch.trapezoid(density * grid.to(DEVICE), grid.to(DEVICE))
-        assert samples[:, i].mean().item() == pytest.approx(mean.item(), abs=0.01)
-        entropy = -torch.trapezoid(density * density.log(), grid.to(DEVICE))
-        assert one.entropy().item() == pytest.approx(entropy.item(), abs=1e-5)
-
-
 def test_extreme_policies_stay_finite(monkeypatch):
     policy = torch.tensor([[1.0, -1.0, 1.0]], requires_grad=True), torch.tensor([[0.1, 0.1, 2.1]], requires_grad=True)
     for noise in (0.0, 0.5, 1.0):

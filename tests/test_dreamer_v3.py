@@ -599,16 +599,6 @@ def test_a_new_agent_predicts_zero_reward_and_value(small, tmp_path):
     assert 0 < actor.outputs[0].weight.abs().max() < 2.3 * 0.01 * 64**-0.5
 
 
-def test_lambda_returns_by_hand():
-    one = torch.ones(1, 3)
-    zeros = torch.zeros(1, 3)
-    value = torch.tensor([[9.0, 10.0, 20.0]])
-    by_step = script.lambda_return(one, 0.5 * one, zeros, value, value[:, -1], 0.0)
-    assert by_step.tolist() == [[1 + 0.5 * 10, 1 + 0.5 * 20]]
-    to_the_end = script.lambda_return(one, 0.5 * one, zeros, value, value[:, -1], 1.0)
-    assert to_the_end.tolist() == [[1 + 0.5 * (1 + 0.5 * 20), 1 + 0.5 * 20]]
-
-
 @pytest.mark.parametrize("envs, ratio", [(1, 8), (1, 48), (2, 5)])
 def test_updates_follow_the_train_ratio(envs, ratio, tmp_path):
     """One when there is a batch, then `train_ratio` steps a record: those of resets count too, but are no frame."""

@@ -8,7 +8,6 @@ import sys
 import gymnasium as gym
 import numpy as np
 import pytest
-import toy_envs
 from conftest import PORTED, environment
 from PIL import Image
 
@@ -363,9 +362,3 @@ if __name__ == "__main__":
     env = {key: value for key, value in environment().items() if key not in ("DISPLAY", "MUJOCO_GL")}
     result = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=120)
     assert result.stdout == "(2, 64, 64, 3) True\n", result.stderr
-
-
-def test_the_toys_are_in_their_spaces():
-    for name in ("Vector", "Mixed", "Gray", "Class", *toy_envs.OBSERVATIONS):
-        env = gym.make(f"{name}-v0")
-        assert env.observation_space.contains(env.reset(seed=0)[0]), name
