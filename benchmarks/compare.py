@@ -1,7 +1,8 @@
 """The same small tasks for PlaNet, DreamerV1, V2 and V3, over several seeds: a CSV, and a figure (takes matplotlib).
 
-    python benchmarks/compare.py --jobs 0 --panels glide catch horizon ablations    # draw docs/compare.png from the CSV
-    python benchmarks/compare.py --jobs 2 --panels cartpole --figure cartpole.png   # run what is missing, then draw
+    nohup python benchmarks/compare.py --jobs 2 &         # run what is missing of the whole grid, then draw all
+    python benchmarks/compare.py --panels glide catch     # run a part of it, then draw all
+    python benchmarks/compare.py --jobs 0                 # draw docs/compare.png from the CSV
 
 Runs that are finished in runs/compare/<game>/<label>/<seed> are skipped, and so are those that the CSV has; runs that
 were cut are resumed. To run a cell again, delete its rows from the CSV and its folder. The CSV has the means of
@@ -45,16 +46,17 @@ CONTROL = {
     "DreamerV2": f"dreamer_v2.py {WIDE} {BATCH} --train-every 3 --stoch 16 --classes 8",
     "DreamerV3": "dreamer_v3.py --size 1m --deter 128 --num-envs 1 --train-ratio 128",
 }
+PRESET = {"DreamerV3, train ratio 512": "dreamer_v3.py --size 1m --deter 128 --num-envs 1"}
 PLAIN = "--no-cuda --no-amp --no-compile"
 TASK = f"--total-timesteps 3000 --eval-every 0 --eval-episodes 40 --save-every 500 {PLAIN}"
 STATE = f"--total-timesteps 30000 --eval-every 0 --eval-episodes 10 --save-every 2000 {PLAIN} --obs state"
 GRID = {  # panel: title, flags of the task, label -> script and flags, what random play returns
     "glide": ("Glide from pixels", f"{TASK} --env-id toy_envs:Glide-v0", FOUR, -0.3),
     "catch": ("Catch from pixels", f"{TASK} --env-id toy_envs:Catch-v0", FOUR, -0.6),
+    "cartpole": ("Cartpole swing-up from state", f"{STATE} --env-id dmc-cartpole-swingup", CONTROL | PRESET, 43),
+    "reacher": ("Reacher (easy) from state", f"{STATE} --env-id dmc-reacher-easy", CONTROL, 84),
     "horizon": ("PlaNet on Glide, by planning horizon", f"{TASK} --env-id toy_envs:Glide-v0", HORIZONS, -0.3),
     "ablations": ("DreamerV2 on Catch, ablations", f"{TASK} --env-id toy_envs:Catch-v0", ABLATIONS, -0.6),
-    "cartpole": ("Cartpole swing-up from state", f"{STATE} --env-id dmc-cartpole-swingup", CONTROL, 43),
-    "reacher": ("Reacher (easy) from state", f"{STATE} --env-id dmc-reacher-easy", CONTROL, 84),
 }
 CELLS = [(panel, seed, label) for panel in GRID for seed in SEEDS for label in GRID[panel][2]]
 GAME = {panel: flags.split()[-1].split(":")[-1] for panel, (_, flags, *_) in GRID.items()}
@@ -108,10 +110,9 @@ def collect():
     return curves
 
 
-def draw(curves, panels, path):
+def draw(curves):
     """A panel each: training over frames, then evaluation; mean over seeds, and range; dotted: random play."""
-    known = {panel for panel, _ in curves}
-    panels = [panel for panel in GRID if panel in known.intersection(panels)]
+    panels = sorted({panel for panel, _ in curves}, key=list(GRID).index)
     rows = -(-len(panels) // 2)
     figure, axes = plt.subplots(rows, 2, figsize=(10, 4 * rows), squeeze=False, layout="tight")
     for axis, panel in zip(axes.flat, panels, strict=False):
@@ -126,22 +127,22 @@ def draw(curves, panels, path):
             axis.fill_between(frames, low[:-1], high[:-1], color=line.get_color(), alpha=0.15)
             place = [frames[-1] * (1.05 + 0.03 * i)] * 3
             axis.plot(place, [low[-1], mean[-1], high[-1]], "o-", markersize=3, color=line.get_color())
-        axis.set(title=title, xlim=(0, None), xlabel="environment frames", ylabel="return")
+        limits = dict(xlim=(0, None), ylim=(min(0, axis.get_ylim()[0]), None))
+        axis.set(title=title, xlabel="environment frames", ylabel="return", **limits)
         axis.legend(fontsize=8)
     for axis in axes.flat[len(panels) :]:
         axis.remove()
-    figure.savefig(path, dpi=120, facecolor="white")  # on a dark page too
+    figure.savefig(ROOT / "docs/compare.png", dpi=120, facecolor="white")  # on a dark page too
 
 
 def main():
     parser = argparse.ArgumentParser(usage=__doc__)
     parser.add_argument("--jobs", type=int, default=1, help="runs at once, each on one core; 0: only draw")
-    parser.add_argument("--panels", nargs="*", default=list(GRID), choices=GRID, help="parts to run and draw")
-    parser.add_argument("--figure", default=ROOT / "docs/compare.png", help="file to draw into")
+    parser.add_argument("--panels", nargs="*", default=list(GRID), choices=GRID, help="parts of the grid to run")
     options = parser.parse_args()
     with ThreadPoolExecutor(max(options.jobs, 1)) as pool:
         list(pool.map(run, [cell for cell in CELLS if options.jobs and cell[0] in options.panels]))
-    draw(collect(), options.panels, options.figure)
+    draw(collect())
 
 
 if __name__ == "__main__":
