@@ -1,7 +1,7 @@
 """Act in the world that a run has learnt: `python play.py runs/<run>` serves a page, with --video it writes an mp4.
 
 The script that made the run gives the model: parse_args, load_run, Dream and picture. A fork works too, here or beside
-this file. If its Dream has policy(), the action of the trained actor, the actor can take the wheel.
+this file. If its Dream has policy(), the trained actor's action, the page can let the actor play.
 """
 
 import base64

@@ -40,7 +40,7 @@ def frames(run):
 
 
 def kill(args):
-    """Figures by name."""
+    """Kills and resumes a run `times` times -> what was lost, by name."""
     rng, run, lost, worked = random.Random(args.seed), None, [], 0
     with tempfile.TemporaryDirectory() as folder:
         for _ in range(args.times + 1):  # the last start shows that the last kill was survived
