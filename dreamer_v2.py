@@ -246,7 +246,8 @@ def make_env(args, video=None):
         vis = env.unwrapped.physics.model.vis  # shadows of half resolution: a third faster, 0.1 % of pixels differ
         vis.quality.shadowsize, vis.global_.offwidth, vis.global_.offheight = 1024, size, size
     elif suite in ("atari", "atari100k"):
-        game, full = f"ale_py:ALE/{re.sub('[-_]', '', task.title())}-v5", suite == "atari"
+        game = f"ale_py:ALE/{re.sub('[-_]', '', task.title() if task.islower() else task)}-v5"
+        full = suite == "atari"
         env = gym.make(game, frameskip=1, full_action_space=full, repeat_action_probability=0.25 * full, **options)
         env = gym.wrappers.AtariPreprocessing(env, frame_skip=repeat, screen_size=size, grayscale_obs=full)
     else:
@@ -990,7 +991,7 @@ def load(run, agent):
         torch._foreach_copy_(agent.optimizer_state(), state.get("optimizer", agent.optimizer_state()))
         return state
     except Exception as error:
-        sys.exit(f"{run}/checkpoint.pt is missing, not whole or of other sizes: {repr(error)[:99]}")
+        sys.exit(f"{run}/checkpoint.pt is missing, not whole, of other sizes or another version: {repr(error)[:99]}")
 
 
 def load_run(args, run):

@@ -139,10 +139,11 @@ def test_atari(suite, actions, sticky, size):
     assert total > 0
 
 
-def test_atari_by_gymnasium_id():
+@pytest.mark.parametrize("env_id", ["ALE/MsPacman-v5", "atari100k-MsPacman", "atari100k-ms-pacman"])
+def test_atari_by_other_names(env_id):
     pytest.importorskip("ale_py")
-    env = make("ALE/Pong-v5")
-    assert shapes(env) == {"image": (64, 64, 3)} and env.action_space.n == 6
+    env = make(env_id)
+    assert shapes(env) == {"image": (64, 64, 3)} and env.action_space.n == 9
     run(env, 5)
 
 
