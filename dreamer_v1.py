@@ -122,7 +122,7 @@ class Args:
     batch_length: int = 50  # steps of a sequence
     train_every: int = 1000  # frames between bursts of updates
     train_steps: int = 100  # updates of a burst
-    prefill: int = 5000  # frames with random actions at the start, and until an episode ends
+    prefill: int = 5000  # frames with random actions at the start, and until an episode can be learned from
     pretrain: int = 100  # updates at the end of the prefill
     replay_size: int = 10_000_000  # steps that the replay holds; the authors keep all
 
@@ -146,10 +146,12 @@ def parse_args(argv=None):
         given = json.loads(path.read_text() if path.exists() else "{}") | dict(resume=None, evaluate=None)
         if given.pop("script", None) != Args.exp_name or given.keys() - vars(Args()).keys():
             sys.exit(f"{run} is no run of {Args.exp_name}.py, or of another version")
+    given = given | ({} if args.cuda else dict(compile=False, amp=False))  # flags can still ask for them
     args = tyro.cli(Args, args=argv, default=Args(**given | dict(env_kwargs={})), description=text)
     args.env_kwargs = args.env_kwargs or given.get("env_kwargs", {})  # as a default, tyro would make a flag of each
     for name, value in vars(args).items():
         least = 0 if isinstance(value, float) or name in ("seed", "eval_every", "prefill", "pretrain") else 1
+        least = 2 if name == "imagination_horizon" else least
         if type(value) in (int, float) and not least <= value < math.inf:
             sys.exit(f"--{name.replace('_', '-')} {value}: the least is {least}")
     if args.image_size != 64:
@@ -281,9 +283,8 @@ def make_envs(args, count, video=None):
 
 class Replay:
     """Ring of steps on disk, one stream for each environment: a memory-mapped array (capacity, envs) of full size.
-    Step t holds observation t, the action that led to it, its reward, its flags, and t: `dtype`.
-    Only complete episodes are drawn from. `saved`: state of a run that goes on. Exits if the disk is too small or the
-    file does not fit."""
+    Step t holds observation t, the action that led to it, its reward, its flags, and t. Only complete episodes are
+    drawn from. `saved`: state of a run that goes on. Exits if the disk is too small or the file does not fit."""
 
     def __init__(self, path, dtype, num_envs, capacity, length, saved=None):
         self.num_envs, self.length, self.capacity, self.count = num_envs, length, capacity, 0
@@ -301,12 +302,12 @@ class Replay:
         needed, free = self.capacity * size - held, shutil.disk_usage(os.path.dirname(path)).free
         if needed > free:
             sys.exit(f"{path} needs {needed / 1e9:.1f} GB, {free / 1e9:.1f} are free: make room, lower --replay-size")
-        with open(path, "ab") as file:
+        with open(path, "r+b" if held else "wb") as file:
             if hasattr(os, "posix_fallocate"):  # not on macOS, where the memory map makes the file grow
                 os.posix_fallocate(file.fileno(), 0, self.capacity * size)
         self.steps = np.memmap(path, dtype, "r+", shape=(self.capacity, num_envs))
-        begun, _, env = self.episodes.T  # without those that were overwritten after the checkpoint, before a kill
-        self.episodes = self.episodes[self.steps["count"][begun % self.capacity, env] == begun]
+        begun, lengths, env = self.episodes.T  # without those overwritten after the checkpoint, or too short by now
+        self.episodes = self.episodes[(self.steps["count"][begun % self.capacity, env] == begun) & (lengths >= length)]
 
     def add(self, step):
         """Appends one step of every environment: key -> array (envs, ...)."""
@@ -368,7 +369,7 @@ def normal_loss(mean, target):
 
 
 class Tanh(torch.distributions.TanhTransform):
-    """tanh, of which 1 has an inverse too, as in the authors' code."""
+    """tanh whose inverse is finite at -1 and 1, as in the authors' code."""
 
     def _inverse(self, y):
         return torch.atanh(y.clamp(-1 + 2**-24, 1 - 2**-24))
@@ -376,10 +377,8 @@ class Tanh(torch.distributions.TanhTransform):
 
 def sample_onehot(probs):
     """Probabilities (..., K) -> a one-hot sample, with the gradient of the probabilities (straight-through)."""
-    with torch.no_grad():
-        index = (probs[..., :-1].cumsum(-1) <= torch.rand_like(probs[..., :1])).sum(-1)
-        onehot = F.one_hot(index, probs.shape[-1]).to(probs.dtype)
-    return onehot + (probs - probs.detach())
+    index = (probs.detach()[..., :-1].cumsum(-1) <= torch.rand_like(probs[..., :1])).sum(-1)
+    return F.one_hot(index, probs.shape[-1]) + (probs - probs.detach())
 
 
 # Time table of what the agent has, for a replayed sequence and, with H for T, for an imagined one:
@@ -465,10 +464,9 @@ class Encoder(nn.Module):
 class Decoder(nn.Module):
     """Features (B, T, F) -> key -> means (B, T, ...): vectors, images in [-0.5, 0.5]."""
 
-    def __init__(self, spaces, args):
+    def __init__(self, encoder, args):
         super().__init__()
-        self.vectors = {key: space.shape[0] for key, space in sorted(spaces.items()) if space.dtype != np.uint8}
-        self.images = {key: space.shape[-1] for key, space in sorted(spaces.items()) if space.dtype == np.uint8}
+        self.vectors, self.images = encoder.vectors, encoder.images
         feat_dim = args.deter + args.stoch
         if self.vectors:
             self.layers = MLP(feat_dim, args.units, 4)
@@ -527,10 +525,6 @@ class RSSM(nn.Module):
         mean, std = moments.unbind(-1)
         return mean + std * torch.randn_like(std)
 
-    def prior(self, deter):
-        """Mean and deviation of stoch before the observation: (..., D) -> (..., S, 2)."""
-        return gaussian(self.prior_net(deter))
-
     def obs_step(self, state, action, embed, is_first):
         """One step with an observation; where is_first (B,), the state is forgotten -> state, posterior (B, S, 2)."""
         deter, stoch = state
@@ -542,7 +536,7 @@ class RSSM(nn.Module):
     def img_step(self, state, action):
         """One step without: state, action (B, A) -> state."""
         deter = self.gru(*state, action)
-        return deter, self.sample(self.prior(deter))
+        return deter, self.sample(gaussian(self.prior_net(deter)))
 
     def observe(self, embed, action, is_first, start):
         """Embed (B, T, E), action (B, T, A) that led to each step, is_first (B, T), state before -> posterior states:
@@ -554,11 +548,11 @@ class RSSM(nn.Module):
         return tuple(torch.stack(x, 1) for x in zip(*steps, strict=True))
 
     def imagine(self, start, policy, horizon):
-        """What follows a state under a policy, (feat (N, F), t) -> action (N, A): feat (N, H, F), action (N, H, A)."""
+        """What follows a state under a policy, feat (N, F) -> action (N, A): feat (N, H, F), action (N, H, A)."""
         state, feats, actions = start, [feature(*start)], []
-        for t in range(horizon):
-            actions.append(policy(feats[t], t))
-            state = self.img_step(state, actions[t])
+        for _ in range(horizon):
+            actions.append(policy(feats[-1]))
+            state = self.img_step(state, actions[-1])
             feats.append(feature(*state))
         return torch.stack(feats[1:], 1), torch.stack(actions, 1)
 
@@ -573,11 +567,10 @@ class WorldModel(nn.Module):
 
     def __init__(self, args, spaces, action_dim):
         super().__init__()
-        self.args = args
-        feat_dim = args.deter + args.stoch
+        self.args, feat_dim = args, args.deter + args.stoch
         self.encoder = Encoder(spaces, args)
         self.rssm = RSSM(args, self.encoder.embed_dim, action_dim)
-        self.decoder = Decoder(spaces, args)
+        self.decoder = Decoder(self.encoder, args)
         self.reward_head = MLP(feat_dim, args.units, 2, 1)
         self.continue_head = MLP(feat_dim, args.units, 3, 1) if args.predict_continue else None
 
@@ -587,7 +580,7 @@ class WorldModel(nn.Module):
         args = self.args
         embed = self.encoder(data)  # (B, T, E)
         deter, stoch, post = self.rssm.observe(embed, data["action"], data["is_first"], start)
-        prior = self.rssm.prior(deter)  # (B, T, S, 2)
+        prior = gaussian(self.rssm.prior_net(deter))  # (B, T, S, 2)
         feat = feature(deter, stoch)  # (B, T, F)
         losses = {}
         image_feat = feat.detach() if args.representation_from == "reward" else feat  # (B, T, F)
@@ -597,8 +590,7 @@ class WorldModel(nn.Module):
         head_feat = feat.detach() if args.representation_from == "image" else feat  # (B, T, F)
         losses["reward_loss"] = normal_loss(self.reward(head_feat), data["reward"])  # (B, T)
         if args.predict_continue:
-            # the head learns the discount too; paper: it learns the end alone
-            target = (1 - data["is_terminal"].float()) * args.discount  # (B, T)
+            target = (1 - data["is_terminal"].float()) * args.discount  # (B, T); paper: without the discount
             cont = self.continue_head(head_feat).squeeze(-1)  # (B, T)
             losses["continue_loss"] = F.binary_cross_entropy_with_logits(cont, target, reduction="none")  # (B, T)
         kl = kl_gaussian(post, prior)  # (B, T)
@@ -645,9 +637,9 @@ class Actor(nn.Module):
         std = F.softplus(outputs[1] + math.log(math.exp(5) - 1)) + 1e-4
         return Independent(TransformedDistribution(Normal(5 * torch.tanh(outputs[0] / 5), std), Tanh()), 1)
 
-    def sample(self, policy):
-        """-> action (..., A)."""
-        return sample_onehot(policy.probs) if self.discrete else policy.rsample()
+    def sample(self, feat):
+        """(..., F) -> action (..., A), drawn from the policy."""
+        return sample_onehot(self(feat).probs) if self.discrete else self(feat).rsample()
 
     def mode(self, policy):
         """The likeliest of 100 samples, as in the authors' code; of discrete actions the likeliest."""
@@ -663,8 +655,7 @@ class Behaviour(nn.Module):
 
     def __init__(self, args, action_dim, discrete):
         super().__init__()
-        self.args = args
-        feat_dim = args.deter + args.stoch
+        self.args, feat_dim = args, args.deter + args.stoch
         self.actor = Actor(args, feat_dim, action_dim, discrete)
         self.critic = MLP(feat_dim, args.units, 3, 1)
 
@@ -675,7 +666,7 @@ class Behaviour(nn.Module):
         if args.predict_continue:  # the authors' code: the last may be the end
             deter, stoch = deter[:, :-1], stoch[:, :-1]
         start = deter.detach().flatten(0, 1), stoch.detach().flatten(0, 1)
-        policy = lambda feat, t: actor.sample(actor(feat.detach()))  # noqa: E731
+        policy = lambda feat: actor.sample(feat.detach())  # noqa: E731
         # paper: with the start, which the authors' code leaves out
         imag_feat, imag_action = world_model.rssm.imagine(start, policy, args.imagination_horizon)
         reward = world_model.reward(imag_feat)  # (N, H)
@@ -747,8 +738,7 @@ class Agent(nn.Module):
 
     def initial(self, num_envs):
         """What acting carries from step to step, at the start: deter, stoch, action (num_envs, A)."""
-        state = self.world_model.rssm.initial(num_envs)
-        return *state, torch.zeros(num_envs, self.action_dim, device=self.device)
+        return *self.world_model.rssm.initial(num_envs), torch.zeros(num_envs, self.action_dim, device=self.device)
 
     @torch.no_grad()
     def act(self, obs, carry, training=True):
@@ -764,8 +754,8 @@ class Agent(nn.Module):
 
     def policy(self, deter, stoch, training=True):
         """A sample of the actor's action in a state, or its mode: (num_envs, A)."""
-        policy = self.behaviour.actor(feature(deter, stoch))
-        return self.behaviour.actor.sample(policy) if training else self.behaviour.actor.mode(policy)
+        actor, feat = self.behaviour.actor, feature(deter, stoch)
+        return actor.sample(feat) if training else actor.mode(actor(feat))
 
     def explore(self, action):
         """Noise on continuous actions (num_envs, A) or, instead of some discrete ones, random actions."""
@@ -841,7 +831,7 @@ class Graph:
 class Dream(gym.Env):
     """The learned world model as a Gymnasium environment: it sees an episode's first observation, imagines the rest.
     info["real"] is what the real environment shows after the same actions, while its episode lasts. A dream ends where
-    the continue head says so, or is cut after `length` steps."""
+    the model says so, or is cut after `length` steps."""
 
     def __init__(self, agent, env, length=500):
         self.agent, self.env, self.length = agent, env, length
@@ -875,7 +865,7 @@ class Dream(gym.Env):
 
     @torch.no_grad()
     def policy(self):
-        """What the actor does here, as an action of the environment's action space."""
+        """What the agent does here, as an action of the environment's action space."""
         return self.agent.env_action(self.agent.policy(*self.state))[0]
 
 
@@ -896,8 +886,8 @@ def open_loop(agent, data, context=5):
     model, action, T = agent.world_model, data["action"], data["action"].shape[1]
     seen = [x[:, :context] for x in (model.encoder(data), action, data["is_first"])]
     deter, stoch, _ = model.rssm.observe(*seen, agent.start(data))
-    replayed = lambda _, t: action[:, context + t]  # noqa: E731
-    dream, _ = model.rssm.imagine((deter[:, -1], stoch[:, -1]), replayed, T - context)
+    rest = iter(action[:, context:].unbind(1))
+    dream, _ = model.rssm.imagine((deter[:, -1], stoch[:, -1]), lambda _: next(rest), T - context)
     decoded = model.decode(torch.cat([feature(deter, stoch), dream], 1))
     truth, dream = [picture({key: obs[key].cpu().numpy() for key in decoded}) for obs in (data, decoded)]
     error = ((dream.astype(np.int16) - truth + 255) // 2).astype(np.uint8)
@@ -997,7 +987,7 @@ def train(args):
     torch.manual_seed(int(rng.integers(2**63)))
     record = begin(envs, replay, rng.integers(2**32, size=envs.num_envs).tolist())
     carry, data, ahead = agent.initial(envs.num_envs), None, None
-    bar = tqdm(total=args.total_timesteps, initial=frame, unit="frames", smoothing=0.05)
+    bar = tqdm(total=args.total_timesteps, initial=frame, unit="frames", disable=False, smoothing=0.05)
     totals, counted, ending = 0.0, updates, False
     while frame < args.total_timesteps and not ending:
         # Learn: `pretrain` updates after the prefill, then `train_steps` every `train_every` frames
@@ -1021,9 +1011,8 @@ def train(args):
             carry = act(to_tensors(record, device), carry)
 
         # Step, and add it to the replay: the first step after an episode's last one resets, and is no frame
-        obs, reward, terminated, truncated, info = envs.step(agent.env_action(carry[2]))
-        flags = dict(is_first=record["is_last"], is_last=terminated | truncated, is_terminal=terminated)
-        record = obs | flags | {"reward": reward}
+        obs, reward, ended, cut, info = envs.step(agent.env_action(carry[2]))
+        record = obs | dict(reward=reward, is_first=record["is_last"], is_last=ended | cut, is_terminal=ended)
         bad = [key for key, value in record.items() if not np.isfinite(value).all()]
         if bad:
             sys.exit(f"\nnot finite, from an environment, frame {frame}: {bad}; the last checkpoint is kept")

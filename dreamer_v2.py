@@ -110,7 +110,7 @@ class Args:
     predict_continue: bool = True  # learn the end of episodes; else imagined ones have none
     continue_scale: float = 1.0  # of the continue loss
     behaviour_from: Literal["imagination", "replay"] = "imagination"  # what actor and critic learn from
-    actor_gradient: Literal["auto", "reinforce", "dynamics", "both"] = "auto"  # auto: by kind of action, by replay
+    actor_gradient: Literal["auto", "reinforce", "dynamics", "both"] = "auto"  # auto: by the actions; replay: reinforce
     actor_gradient_mix: float = 0.1  # share of dynamics in both
     critic: bool = True  # returns go on after the horizon by the critic's value; without, they end there
     slow_critic_every: int = 100  # updates between copies of the critic to the slow critic; 1: no slow critic
@@ -157,10 +157,12 @@ def parse_args(argv=None):
         given = json.loads(path.read_text() if path.exists() else "{}") | dict(resume=None, evaluate=None)
         if given.pop("script", None) != Args.exp_name or given.keys() - vars(Args()).keys():
             sys.exit(f"{run} is no run of {Args.exp_name}.py, or of another version")
+    given = given | ({} if args.cuda else dict(compile=False, amp=False))  # flags can still ask for them
     args = tyro.cli(Args, args=argv, default=Args(**given | dict(env_kwargs={})), description=text)
     args.env_kwargs = args.env_kwargs or given.get("env_kwargs", {})  # as a default, tyro would make a flag of each
     for name, value in vars(args).items():
         least = 0 if isinstance(value, float) or name in ("seed", "eval_every", "prefill", "pretrain") else 1
+        least = 2 if name == "imagination_horizon" else least
         if type(value) in (int, float) and not least <= value < math.inf:
             sys.exit(f"--{name.replace('_', '-')} {value}: the least is {least}")
     if args.image_size != 64:
@@ -312,12 +314,12 @@ class Replay:
         needed, free = self.capacity * size - held, shutil.disk_usage(os.path.dirname(path)).free
         if needed > free:
             sys.exit(f"{path} needs {needed / 1e9:.1f} GB, {free / 1e9:.1f} are free: make room, lower --replay-size")
-        with open(path, "ab") as file:
+        with open(path, "r+b" if held else "wb") as file:
             if hasattr(os, "posix_fallocate"):  # not on macOS, where the memory map makes the file grow
                 os.posix_fallocate(file.fileno(), 0, self.capacity * size)
         self.steps = np.memmap(path, dtype, "r+", shape=(self.capacity, num_envs))
-        begun, _, env = self.episodes.T  # without those that were overwritten after the checkpoint, before a kill
-        self.episodes = self.episodes[self.steps["count"][begun % self.capacity, env] == begun]
+        begun, lengths, env = self.episodes.T  # without those overwritten after the checkpoint, or too short by now
+        self.episodes = self.episodes[(self.steps["count"][begun % self.capacity, env] == begun) & (lengths >= length)]
 
     def add(self, step):
         """Appends one step of every environment: key -> array (envs, ...)."""
@@ -381,10 +383,8 @@ def normal_loss(mean, target):
 
 def sample_onehot(probs):
     """Probabilities (..., K) -> a one-hot sample, with the gradient of the probabilities (straight-through)."""
-    with torch.no_grad():
-        index = (probs[..., :-1].cumsum(-1) <= torch.rand_like(probs[..., :1])).sum(-1)
-        onehot = F.one_hot(index, probs.shape[-1]).to(probs.dtype)
-    return onehot + (probs - probs.detach())
+    index = (probs.detach()[..., :-1].cumsum(-1) <= torch.rand_like(probs[..., :1])).sum(-1)
+    return F.one_hot(index, probs.shape[-1]) + (probs - probs.detach())
 
 
 def kl_divergence(p, q):
@@ -395,11 +395,11 @@ def kl_divergence(p, q):
 
 def balance_kl(kl, post, prior, balance, free_nats):
     """The KL loss with its gradient divided between prior and posterior (Algorithm 2); balance 0.5 is the plain KL.
-    Free nats apply to the batch average; to each step, in the authors' code, for the plain KL."""
+    Free nats are those of the batch average; in the authors' code, for the plain KL, those of each step."""
     if balance == 0.5:
         return kl(post, prior).clamp(min=free_nats).mean()
-    to_post, to_prior = kl(post.detach(), prior).mean(), kl(post, prior.detach()).mean()
-    return balance * to_post.clamp(min=free_nats) + (1 - balance) * to_prior.clamp(min=free_nats)
+    dyn_loss, rep_loss = kl(post.detach(), prior).mean(), kl(post, prior.detach()).mean()
+    return balance * dyn_loss.clamp(min=free_nats) + (1 - balance) * rep_loss.clamp(min=free_nats)
 
 
 class TruncatedNormal(Normal):
@@ -413,7 +413,7 @@ class TruncatedNormal(Normal):
         """Its gradient is that of loc + scale · z for a constant z, as in the authors' code; the exact one, of the
         inverse distribution function, is several times smaller."""
         with torch.no_grad():
-            action = self.icdf(self.cdf(-1) + torch.rand_like(self.loc) * self.mass)
+            action = self.icdf((self.cdf(-1) + torch.rand_like(self.loc) * self.mass).clamp(2**-24, 1 - 2**-24))
             z = (action.clamp(1e-6 - 1, 1 - 1e-6) - self.loc) / self.scale
         return self.loc + self.scale * z
 
@@ -507,10 +507,9 @@ class Encoder(nn.Module):
 class Decoder(nn.Module):
     """Features (B, T, F) -> key -> means (B, T, ...): vectors, images in [-0.5, 0.5]."""
 
-    def __init__(self, spaces, args):
+    def __init__(self, encoder, args):
         super().__init__()
-        self.vectors = {key: space.shape[0] for key, space in sorted(spaces.items()) if space.dtype != np.uint8}
-        self.images = {key: space.shape[-1] for key, space in sorted(spaces.items()) if space.dtype == np.uint8}
+        self.vectors, self.images = encoder.vectors, encoder.images
         feat_dim = args.deter + args.stoch * args.classes
         if self.vectors:
             self.layers = MLP(feat_dim, args.units, 4)
@@ -549,6 +548,7 @@ class RSSM(nn.Module):
         self.gates_norm = nn.LayerNorm(3 * args.deter, eps=1e-3)
         self.post_net = MLP(args.deter + embed_dim, args.hidden, 1, out_dim)
         self.prior_net = MLP(args.deter, args.hidden, 1, out_dim)
+        self.kl = kl_gaussian if args.classes == 1 else kl_divergence
 
     def initial(self, batch_size):
         """State of zeros: deter (B, D), stoch (B, S, K)."""
@@ -575,18 +575,10 @@ class RSSM(nn.Module):
             return logit[..., :1] + logit[..., 1:] * torch.randn_like(logit[..., 1:])
         return sample_onehot(logit.softmax(-1))
 
-    def kl(self, p, q):
-        """KL of two distributions as `logit` gives them: (...)."""
-        return (kl_gaussian if self.args.classes == 1 else kl_divergence)(p, q)
-
     def entropy(self, logit):
         """Entropy of a distribution, summed over the variables: (...)."""
         kind = Normal(*logit.unbind(-1)) if self.args.classes == 1 else OneHotCategorical(logits=logit)
         return kind.entropy().sum(-1)
-
-    def prior(self, deter):
-        """Logits of stoch before the observation: (..., D) -> (..., S, K)."""
-        return self.logit(self.prior_net(deter))
 
     def obs_step(self, state, action, embed, is_first):
         """One step with an observation; where is_first (B,), all before is forgotten -> state, posterior (B, S, K)."""
@@ -599,7 +591,7 @@ class RSSM(nn.Module):
     def img_step(self, state, action):
         """One step without: state, action (B, A) -> state."""
         deter = self.gru(*state, action)
-        return deter, self.sample(self.prior(deter))
+        return deter, self.sample(self.logit(self.prior_net(deter)))
 
     def observe(self, embed, action, is_first, start):
         """Embed (B, T, E), action (B, T, A) that led to each step, is_first (B, T), state before -> posterior states:
@@ -611,11 +603,11 @@ class RSSM(nn.Module):
         return tuple(torch.stack(x, 1) for x in zip(*steps, strict=True))
 
     def imagine(self, start, policy, horizon):
-        """What follows a state under a policy, (feat (N, F), t) -> action (N, A): feat (N, P, F), action (N, H, A)."""
+        """What follows a state under a policy, feat (N, F) -> action (N, A): feat (N, P, F), action (N, H, A)."""
         state, feats, actions = start, [feature(*start)], []
-        for t in range(horizon):
-            actions.append(policy(feats[t], t))
-            state = self.img_step(state, actions[t])
+        for _ in range(horizon):
+            actions.append(policy(feats[-1]))
+            state = self.img_step(state, actions[-1])
             feats.append(feature(*state))
         return torch.stack(feats, 1), torch.stack(actions, 1)
 
@@ -630,11 +622,10 @@ class WorldModel(nn.Module):
 
     def __init__(self, args, spaces, action_dim):
         super().__init__()
-        self.args = args
-        feat_dim = args.deter + args.stoch * args.classes
+        self.args, feat_dim = args, args.deter + args.stoch * args.classes
         self.encoder = Encoder(spaces, args)
         self.rssm = RSSM(args, self.encoder.embed_dim, action_dim)
-        self.decoder = Decoder(spaces, args)
+        self.decoder = Decoder(self.encoder, args)
         self.reward_head = MLP(feat_dim, args.units, 4, 1)
         self.continue_head = MLP(feat_dim, args.units, 4, 1) if args.predict_continue else None
 
@@ -644,7 +635,7 @@ class WorldModel(nn.Module):
         args = self.args
         embed = self.encoder(data)  # (B, T, E)
         deter, stoch, post = self.rssm.observe(embed, data["action"], data["is_first"], start)
-        prior = self.rssm.prior(deter)  # (B, T, S, K)
+        prior = self.rssm.logit(self.rssm.prior_net(deter))  # (B, T, S, K)
         feat = feature(deter, stoch)  # (B, T, F)
         losses = {}
         image_feat = feat.detach() if args.representation_from == "reward" else feat  # (B, T, F)
@@ -654,8 +645,7 @@ class WorldModel(nn.Module):
         head_feat = feat.detach() if args.representation_from == "image" else feat  # (B, T, F)
         losses["reward_loss"] = normal_loss(self.reward(head_feat), data["reward"])  # (B, T)
         if args.predict_continue:
-            # the head learns the discount too; paper: it learns the end alone
-            target = (1 - data["is_terminal"].float()) * args.discount  # (B, T)
+            target = (1 - data["is_terminal"].float()) * args.discount  # (B, T); paper: without the discount
             cont = self.continue_head(head_feat).squeeze(-1)  # (B, T)
             losses["continue_loss"] = F.binary_cross_entropy_with_logits(cont, target, reduction="none")  # (B, T)
         losses["kl_loss"] = balance_kl(self.rssm.kl, post, prior, args.kl_balance, args.free_nats)
@@ -701,9 +691,9 @@ class Actor(nn.Module):
         std = 2 * torch.sigmoid(outputs[1] / 2) + 0.1
         return Independent(TruncatedNormal(outputs[0].tanh(), std), 1)
 
-    def sample(self, policy):
-        """-> action (..., A)."""
-        return sample_onehot(policy.probs) if self.discrete else policy.rsample()
+    def sample(self, feat):
+        """(..., F) -> action (..., A), drawn from the policy."""
+        return sample_onehot(self(feat).probs) if self.discrete else self(feat).rsample()
 
 
 class Behaviour(nn.Module):
@@ -711,8 +701,7 @@ class Behaviour(nn.Module):
 
     def __init__(self, args, action_dim, discrete):
         super().__init__()
-        self.args = args
-        feat_dim = args.deter + args.stoch * args.classes
+        self.args, feat_dim = args, args.deter + args.stoch * args.classes
         self.actor = Actor(args, feat_dim, action_dim, discrete)
         self.critic = MLP(feat_dim, args.units, 4, 1)
         self.slow_critic = MLP(feat_dim, args.units, 4, 1).requires_grad_(False)
@@ -724,18 +713,18 @@ class Behaviour(nn.Module):
         """Eq. 4 to 6 (arXiv:2010.02193v4): losses of actor (N, L) and critic (N, H) by name; stats.
         data as for the world model; deter (B, T, D), stoch (B, T, S, K), feat (B, T, F)."""
         args, actor = self.args, self.actor
-        end = (1 - data["is_terminal"].float()) * args.discount  # (B, T)
+        going_on = (1 - data["is_terminal"].float()) * args.discount  # (B, T)
         with torch.set_grad_enabled(self.actor_gradient != "reinforce"):
             if args.behaviour_from == "replay":
-                imag_feat, imag_action, reward, cont = feat.detach(), data["action"][:, 1:], data["reward"], end
+                imag_feat, imag_action, reward, cont = feat.detach(), data["action"][:, 1:], data["reward"], going_on
             else:
                 start = deter.detach().flatten(0, 1), stoch.detach().flatten(0, 1)
-                policy = lambda feat, t: actor.sample(actor(feat.detach()))  # noqa: E731
+                policy = lambda feat: actor.sample(feat.detach())  # noqa: E731
                 imag_feat, imag_action = world_model.rssm.imagine(start, policy, args.imagination_horizon)
                 reward = world_model.reward(imag_feat)  # (N, P)
                 cont = world_model.cont(imag_feat)  # (N, P)
                 if args.predict_continue:
-                    cont = torch.cat([end.view(-1, 1), cont[:, 1:]], 1)  # (N, P)
+                    cont = torch.cat([going_on.view(-1, 1), cont[:, 1:]], 1)  # (N, P)
             slow_value = self.slow_critic(imag_feat).squeeze(-1) if args.critic else torch.zeros_like(reward)  # (N, P)
             lmbda = args.lmbda if args.critic else 1.0
             returns = lambda_return(reward[:, :-1], cont[:, :-1], slow_value[:, 1:], lmbda)  # (N, H)
@@ -815,8 +804,7 @@ class Agent(nn.Module):
 
     def initial(self, num_envs):
         """What acting carries from step to step, at the start: deter, stoch, action (num_envs, A)."""
-        state = self.world_model.rssm.initial(num_envs)
-        return *state, torch.zeros(num_envs, self.action_dim, device=self.device)
+        return *self.world_model.rssm.initial(num_envs), torch.zeros(num_envs, self.action_dim, device=self.device)
 
     @torch.no_grad()
     def act(self, obs, carry, training=True):
@@ -829,8 +817,8 @@ class Agent(nn.Module):
 
     def policy(self, deter, stoch, training=True):
         """A sample of the actor's action in a state, or its mode: (num_envs, A)."""
-        policy = self.behaviour.actor(feature(deter, stoch))
-        return self.behaviour.actor.sample(policy) if training else policy.mode
+        actor, feat = self.behaviour.actor, feature(deter, stoch)
+        return actor.sample(feat) if training else actor(feat).mode
 
     def random_action(self, num_envs):
         """Uniform actions (num_envs, A) for the prefill."""
@@ -903,7 +891,7 @@ class Graph:
 class Dream(gym.Env):
     """The learned world model as a Gymnasium environment: it sees an episode's first observation, imagines the rest.
     info["real"] is what the real environment shows after the same actions, while its episode lasts. A dream ends where
-    the continue head says so, or is cut after `length` steps."""
+    the model says so, or is cut after `length` steps."""
 
     def __init__(self, agent, env, length=500):
         self.agent, self.env, self.length = agent, env, length
@@ -937,7 +925,7 @@ class Dream(gym.Env):
 
     @torch.no_grad()
     def policy(self):
-        """What the actor does here, as an action of the environment's action space."""
+        """What the agent does here, as an action of the environment's action space."""
         return self.agent.env_action(self.agent.policy(*self.state))[0]
 
 
@@ -958,8 +946,8 @@ def open_loop(agent, data, context=5):
     model, action, T = agent.world_model, data["action"], data["action"].shape[1]
     seen = [x[:, :context] for x in (model.encoder(data), action, data["is_first"])]
     deter, stoch, _ = model.rssm.observe(*seen, agent.start(data))
-    replayed = lambda _, t: action[:, context + t]  # noqa: E731
-    dream, _ = model.rssm.imagine((deter[:, -1], stoch[:, -1]), replayed, T - context)
+    rest = iter(action[:, context:].unbind(1))
+    dream, _ = model.rssm.imagine((deter[:, -1], stoch[:, -1]), lambda _: next(rest), T - context)
     decoded = model.decode(torch.cat([feature(deter, stoch), dream[:, 1:]], 1))
     truth, dream = [picture({key: obs[key].cpu().numpy() for key in decoded}) for obs in (data, decoded)]
     error = ((dream.astype(np.int16) - truth + 255) // 2).astype(np.uint8)
@@ -1059,7 +1047,7 @@ def train(args):
     torch.manual_seed(int(rng.integers(2**63)))
     record = begin(envs, replay, rng.integers(2**32, size=envs.num_envs).tolist())
     carry, data, ahead = agent.initial(envs.num_envs), None, None
-    bar = tqdm(total=args.total_timesteps, initial=frame, unit="frames", smoothing=0.05)
+    bar = tqdm(total=args.total_timesteps, initial=frame, unit="frames", disable=False, smoothing=0.05)
     totals, counted, ending = 0.0, updates, False
     while frame < args.total_timesteps and not ending:
         # Learn: `pretrain` updates after the prefill, one at the next step, then one every `train_every` steps
@@ -1083,9 +1071,8 @@ def train(args):
             carry = act(to_tensors(record, device), carry)
 
         # Step, and add it to the replay: the first step after an episode's last one resets, and is no frame
-        obs, reward, terminated, truncated, info = envs.step(agent.env_action(carry[2]))
-        flags = dict(is_first=record["is_last"], is_last=terminated | truncated, is_terminal=terminated)
-        record = obs | flags | {"reward": reward}
+        obs, reward, ended, cut, info = envs.step(agent.env_action(carry[2]))
+        record = obs | dict(reward=reward, is_first=record["is_last"], is_last=ended | cut, is_terminal=ended)
         bad = [key for key, value in record.items() if not np.isfinite(value).all()]
         if bad:
             sys.exit(f"\nnot finite, from an environment, frame {frame}: {bad}; the last checkpoint is kept")

@@ -28,7 +28,8 @@ What changed since dreamer_v2.py:
 [C11] Train ratio instead of a schedule, no random prefill; sizes; several processes; Atari's pictures: train, size,
       train_ratio, replay_size, batch_*, parse_args, setup, main, make_env.
 
-Not copied from their code: cross entropy for observations of classes (here: squared error), renderings from state.
+Not copied from their code: cross entropy for observations of classes (here: squared error), DMC drawn from state, Atari
+games that start without a no-op (theirs: 0 to 30, here 1 to 30) and whose time limit counts as terminal.
 
 Shapes: B batch, T time, H imagination horizon, N = B*T starts of imagination, A action, D deter, S stoch variables,
 K classes of each, E embed, F = D + S*K feat, G blocks, X bins, L = T - 1, P = H + 1. Arrays are (B, T, ...).
@@ -99,7 +100,7 @@ class Args:
     time_limit: int | None = None  # frames after which an episode is cut; default: the environment's own limit
 
     # DreamerV3. Defaults: the authors' configs.yaml, unless said otherwise
-    size: Literal["1m", "12m", "25m", "50m", "100m", "200m", "400m"] = "200m"  # sets the five that follow
+    size: Literal["1m", "12m", "25m", "50m", "100m", "200m", "400m"] = "200m"  # the five that follow, unless given
     deter: int | None = None  # units of the recurrent state
     hidden: int | None = None  # units of the layers inside the RSSM
     classes: int | None = None  # classes of each stochastic variable
@@ -134,8 +135,8 @@ WIDTHS = {"1m": 64, "12m": 256, "25m": 384, "50m": 512, "100m": 768, "200m": 102
 LARGE = dict(num_envs=16, eval_every=1_000_000, save_every=250_000)
 DMC = dict(obs="pixels", action_repeat=2, num_envs=8, size="12m", train_ratio=512)
 PRESETS = {  # by the first word of --env-id, then by that word and --obs
-    "dmc": DMC,
-    "dmc-state": dict(total_timesteps=500_000),
+    "dmc": DMC,  # as for the published curves; configs.yaml: 16 environments, repeat 1, 200m, ratio 256
+    "dmc-state": dict(total_timesteps=500_000),  # configs.yaml: 16 environments, repeat 1, 1m, ratio 1024
     "atari": dict(total_timesteps=200_000_000, action_repeat=4, image_size=96, **LARGE),
     "atari100k": dict(total_timesteps=400_000, action_repeat=4, train_ratio=256),
     "metaworld": DMC,  # not the authors'
@@ -157,6 +158,7 @@ def parse_args(argv=None):
         given = json.loads(path.read_text() if path.exists() else "{}") | dict(resume=None, evaluate=None)
         if given.pop("script", None) != Args.exp_name or given.keys() - vars(Args()).keys():
             sys.exit(f"{run} is no run of {Args.exp_name}.py, or of another version")
+    given = given | ({} if args.cuda else dict(compile=False, amp=False))  # flags can still ask for them
     args = tyro.cli(Args, args=argv, default=Args(**given | dict(env_kwargs={})), description=text)
     args.env_kwargs = args.env_kwargs or given.get("env_kwargs", {})  # as a default, tyro would make a flag of each
     width = WIDTHS[args.size]
@@ -317,7 +319,7 @@ class Replay:
         needed, free = self.capacity * size - held, shutil.disk_usage(os.path.dirname(path)).free
         if needed > free:
             sys.exit(f"{path} needs {needed / 1e9:.1f} GB, {free / 1e9:.1f} are free: make room, lower --replay-size")
-        with open(path, "ab") as file:
+        with open(path, "r+b" if held else "wb") as file:
             if hasattr(os, "posix_fallocate"):  # not on macOS, where the memory map makes the file grow
                 os.posix_fallocate(file.fileno(), 0, self.capacity * size)
         self.steps = np.memmap(path, dtype, "r+", shape=(self.capacity, num_envs))
@@ -405,10 +407,8 @@ def twohot_loss(logit, *targets):
 
 def sample_onehot(probs):
     """Probabilities (..., K) -> a one-hot sample, with the gradient of the probabilities (straight-through)."""
-    with torch.no_grad():
-        index = (probs[..., :-1].cumsum(-1) <= torch.rand_like(probs[..., :1])).sum(-1)
-        onehot = F.one_hot(index, probs.shape[-1]).to(probs.dtype)
-    return onehot + (probs - probs.detach())
+    index = (probs.detach()[..., :-1].cumsum(-1) <= torch.rand_like(probs[..., :1])).sum(-1)
+    return F.one_hot(index, probs.shape[-1]) + (probs - probs.detach())
 
 
 def kl_divergence(p, q):
@@ -418,7 +418,7 @@ def kl_divergence(p, q):
 
 # Time table of what the agent has, for a replayed sequence and, with P for T, for an imagined one:
 #
-#   state     s_0 -- a_1 --> s_1 -- a_2 --> s_2 ... s_T-1       action[t] led to state t
+#   state     s_0 -- a_1 --> s_1 -- a_2 --> s_2 ... s_T-1       replayed, a_t is action[t]; imagined, imag_action[t - 1]
 #   reward    r_0            r_1            r_2 ... r_T-1       came with state t
 #   continue  c_0            c_1            c_2 ... c_T-1       probability, times the discount, that t is not the end
 #   return    R_0            R_1            R_2 ... R_T-2       of what follows state t: starts with r_1, at R_0
@@ -539,10 +539,9 @@ class Encoder(nn.Module):
 class Decoder(nn.Module):
     """Features (B, T, F) -> key -> means (B, T, ...): symlog of vectors, images in [0, 1]."""
 
-    def __init__(self, spaces, args):
+    def __init__(self, encoder, args):
         super().__init__()
-        self.vectors = {key: space.shape[0] for key, space in sorted(spaces.items()) if space.dtype != np.uint8}
-        self.images = {key: space.shape[-1] for key, space in sorted(spaces.items()) if space.dtype == np.uint8}
+        self.vectors, self.images = encoder.vectors, encoder.images
         feat_dim = args.deter + args.stoch * args.classes
         if self.vectors:
             self.layers = MLP(feat_dim, args.units, 3)
@@ -614,10 +613,6 @@ class RSSM(nn.Module):
         probs = logit.unflatten(-1, (self.args.stoch, self.args.classes)).softmax(-1)
         return (1 - self.args.unimix) * probs + self.args.unimix / self.args.classes
 
-    def prior(self, deter):
-        """Probabilities of stoch before the observation: (..., D) -> (..., S, K)."""
-        return self.probs(self.prior_net(deter))
-
     def obs_step(self, state, action, embed, is_first):
         """One step with an observation; where is_first (B,), all before is forgotten -> state, posterior (B, S, K)."""
         deter, stoch = state
@@ -629,7 +624,7 @@ class RSSM(nn.Module):
     def img_step(self, state, action):
         """One step without: state, action (B, A) -> state."""
         deter = self.gru(*state, action)
-        return deter, sample_onehot(self.prior(deter))
+        return deter, sample_onehot(self.probs(self.prior_net(deter)))
 
     def observe(self, embed, action, is_first, start):
         """Embed (B, T, E), action (B, T, A) that led to each step, is_first (B, T), state before -> posterior states:
@@ -641,11 +636,11 @@ class RSSM(nn.Module):
         return tuple(torch.stack(x, 1) for x in zip(*steps, strict=True))
 
     def imagine(self, start, policy, horizon):
-        """What follows a state under a policy, (feat (N, F), t) -> action (N, A): feat (N, P, F), action (N, H, A)."""
+        """What follows a state under a policy, feat (N, F) -> action (N, A): feat (N, P, F), action (N, H, A)."""
         state, feats, actions = start, [feature(*start)], []
-        for t in range(horizon):
-            actions.append(policy(feats[t], t))
-            state = self.img_step(state, actions[t])
+        for _ in range(horizon):
+            actions.append(policy(feats[-1]))
+            state = self.img_step(state, actions[-1])
             feats.append(feature(*state))
         return torch.stack(feats, 1), torch.stack(actions, 1)
 
@@ -660,11 +655,10 @@ class WorldModel(nn.Module):
 
     def __init__(self, args, spaces, action_dim):
         super().__init__()
-        self.args = args
-        feat_dim = args.deter + args.stoch * args.classes
+        self.args, feat_dim = args, args.deter + args.stoch * args.classes
         self.encoder = Encoder(spaces, args)
         self.rssm = RSSM(args, self.encoder.embed_dim, action_dim)
-        self.decoder = Decoder(spaces, args)
+        self.decoder = Decoder(self.encoder, args)
         self.reward_head = MLP(feat_dim, args.units, 1, args.bins)
         self.continue_head = MLP(feat_dim, args.units, 1, 1)
 
@@ -674,7 +668,7 @@ class WorldModel(nn.Module):
         args = self.args
         embed = self.encoder(data)  # (B, T, E)
         deter, stoch, post = self.rssm.observe(embed, data["action"], data["is_first"], start)
-        prior = self.rssm.prior(deter)  # (B, T, S, K)
+        prior = self.rssm.probs(self.rssm.prior_net(deter))  # (B, T, S, K)
         feat = feature(deter, stoch)  # (B, T, F)
         losses = {}
         for key, mean in self.decoder(feat).items():
@@ -709,7 +703,7 @@ class WorldModel(nn.Module):
 
 
 class Actor(nn.Module):
-    """Policy over one-hot actions (categorical) or actions in [-1, 1]^A (normal, bounded mean and deviation)."""
+    """Policy over one-hot actions (categorical; their code of 2024: 1 % uniform) or in [-1, 1]^A (bounded normal)."""
 
     def __init__(self, args, feat_dim, action_dim, discrete):
         super().__init__()
@@ -727,9 +721,9 @@ class Actor(nn.Module):
         std = 0.9 * torch.sigmoid(outputs[1] + 2) + 0.1
         return Independent(Normal(outputs[0].tanh(), std), 1)
 
-    def sample(self, policy):
-        """-> action (..., A)."""
-        return sample_onehot(policy.probs) if self.discrete else policy.rsample()
+    def sample(self, feat):
+        """(..., F) -> action (..., A), drawn from the policy."""
+        return sample_onehot(self(feat).probs) if self.discrete else self(feat).rsample()
 
 
 class Behaviour(nn.Module):
@@ -737,8 +731,7 @@ class Behaviour(nn.Module):
 
     def __init__(self, args, action_dim, discrete):
         super().__init__()
-        self.args = args
-        feat_dim = args.deter + args.stoch * args.classes
+        self.args, feat_dim = args, args.deter + args.stoch * args.classes
         self.actor = Actor(args, feat_dim, action_dim, discrete)
         self.critic = MLP(feat_dim, args.units, 3, args.bins)
         self.slow_critic = MLP(feat_dim, args.units, 3, args.bins).requires_grad_(False)
@@ -750,8 +743,7 @@ class Behaviour(nn.Module):
         args, actor = self.args, self.actor
         with torch.no_grad():
             start = deter.flatten(0, 1), stoch.flatten(0, 1)
-            policy = lambda feat, t: actor.sample(actor(feat))  # noqa: E731
-            imag_feat, imag_action = world_model.rssm.imagine(start, policy, args.imagination_horizon)
+            imag_feat, imag_action = world_model.rssm.imagine(start, actor.sample, args.imagination_horizon)
             reward = world_model.reward(imag_feat)  # (N, P)
             cont = world_model.cont(imag_feat)  # (N, P)
             slow_value = twohot_mean(self.slow_critic(imag_feat))  # (N, P)
@@ -780,7 +772,7 @@ class Behaviour(nn.Module):
         return losses, stats | dict(imagined_reward=reward.mean(), imagined_continue=cont.mean())
 
     def scale(self, returns):
-        """What returns are divided by: max(1, range from the 5th to the 95th percentile), Eq. 7; updates the range."""
+        """What advantages are divided by: max(1, range of returns, 5th to 95th percentile), Eq. 7; updates it."""
         if dist.is_initialized():  # the returns of all processes
             mine, returns = returns, returns.repeat(dist.get_world_size(), 1)
             dist.all_gather_into_tensor(returns, mine.contiguous())
@@ -808,7 +800,7 @@ class LaProp:
         rate = self.args.learning_rate * (self.updates / max(1, self.args.warmup)).clamp(max=1)
         self.updates += 1
         torch._foreach_lerp_(self.square, torch._foreach_mul(grads, grads), 0.001)
-        square_sum, momentum_sum = ((1 - beta**self.updates).float() for beta in (0.999, 0.9))  # of the weights
+        square_sum, momentum_sum = ((1 - beta**self.updates).float() for beta in (0.999, 0.9))  # bias correction
         rms = torch._foreach_add(torch._foreach_sqrt(torch._foreach_div(self.square, square_sum)), 1e-20)
         torch._foreach_lerp_(self.momentum, torch._foreach_div(grads, rms), 0.1)
         torch._foreach_sub_(self.params, torch._foreach_mul(self.momentum, rate.float() / momentum_sum))
@@ -847,8 +839,7 @@ class Agent(nn.Module):
 
     def initial(self, num_envs):
         """What acting carries from step to step, at the start: deter, stoch, action (num_envs, A)."""
-        state = self.world_model.rssm.initial(num_envs)
-        return *state, torch.zeros(num_envs, self.action_dim, device=self.device)
+        return *self.world_model.rssm.initial(num_envs), torch.zeros(num_envs, self.action_dim, device=self.device)
 
     @torch.no_grad()
     def act(self, obs, carry):
@@ -861,7 +852,7 @@ class Agent(nn.Module):
 
     def policy(self, deter, stoch):
         """A sample of the actor's action in a state: (num_envs, A)."""
-        return self.behaviour.actor.sample(self.behaviour.actor(feature(deter, stoch)))
+        return self.behaviour.actor.sample(feature(deter, stoch))
 
     def env_action(self, action):
         """Actions (num_envs, A) -> what the environments take: (num_envs,) or (num_envs, A)."""
@@ -924,7 +915,7 @@ class Graph:
 class Dream(gym.Env):
     """The learned world model as a Gymnasium environment: it sees an episode's first observation, imagines the rest.
     info["real"] is what the real environment shows after the same actions, while its episode lasts. A dream ends where
-    the continue head says so, or is cut after `length` steps."""
+    the model says so, or is cut after `length` steps."""
 
     def __init__(self, agent, env, length=500):
         self.agent, self.env, self.length = agent, env, length
@@ -958,7 +949,7 @@ class Dream(gym.Env):
 
     @torch.no_grad()
     def policy(self):
-        """What the actor does here, as an action of the environment's action space."""
+        """What the agent does here, as an action of the environment's action space."""
         return self.agent.env_action(self.agent.policy(*self.state))[0]
 
 
@@ -979,8 +970,8 @@ def open_loop(agent, data, context=5):
     model, action, T = agent.world_model, data["action"], data["action"].shape[1]
     seen = [x[:, :context] for x in (model.encoder(data), action, data["is_first"])]
     deter, stoch, _ = model.rssm.observe(*seen, agent.start(data))
-    replayed = lambda _, t: action[:, context + t]  # noqa: E731
-    dream, _ = model.rssm.imagine((deter[:, -1], stoch[:, -1]), replayed, T - context)
+    rest = iter(action[:, context:].unbind(1))
+    dream, _ = model.rssm.imagine((deter[:, -1], stoch[:, -1]), lambda _: next(rest), T - context)
     decoded = model.decode(torch.cat([feature(deter, stoch), dream[:, 1:]], 1))
     truth, dream = [picture({key: obs[key].cpu().numpy() for key in decoded}) for obs in (data, decoded)]
     error = ((dream.astype(np.int16) - truth + 255) // 2).astype(np.uint8)
@@ -1097,8 +1088,8 @@ def train(args):
         if overlap:  # the environments run while the model learns
             envs.step_async(action)
 
-        # Learn: one update when the replay holds a first batch, then `train_ratio` replayed steps for each new one
-        ready = len(replay) * world >= args.batch_size * args.batch_length  # as many sequences as a batch has steps
+        # Learn: one update when the replay is full or has as many sequences as a batch has steps, then by `train_ratio`
+        ready = replay.count >= replay.capacity or len(replay) * world >= args.batch_size * args.batch_length
         while ready and budget >= 1 and not (stop and world == 1):
             data, index = ahead or replay.sample(args.batch_size // world, rng, device)
             latents, metrics = update(data)
@@ -1115,9 +1106,8 @@ def train(args):
         budget += ready * args.num_envs * args.train_ratio / (args.batch_size * args.batch_length)
 
         # Step: the first step after an episode's last one resets, and is no frame
-        obs, reward, terminated, truncated, info = envs.step_wait() if overlap else envs.step(action)
-        flags = dict(is_first=record["is_last"], is_last=terminated | truncated, is_terminal=terminated)
-        record = obs | flags | {"reward": reward}
+        obs, reward, ended, cut, info = envs.step_wait() if overlap else envs.step(action)
+        record = obs | dict(reward=reward, is_first=record["is_last"], is_last=ended | cut, is_terminal=ended)
         bad = [key for key, value in record.items() if not np.isfinite(value).all()]
         if bad:
             sys.exit(f"\nnot finite, from an environment, frame {frame}: {bad}; the last checkpoint is kept")

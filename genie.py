@@ -167,6 +167,7 @@ def parse_args(argv=None):
         if given.pop("script", None) != Args.exp_name or given.keys() - vars(Args()).keys():
             sys.exit(f"{run} is no run of {Args.exp_name}.py, or of another version")
         given = {key: tuple(value) if isinstance(value, list) else value for key, value in given.items()}
+    given = given | ({} if args.cuda else dict(compile=False, amp=False))  # flags can still ask for them
     args = tyro.cli(Args, args=argv, default=Args(**{"obs": "pixels"} | given | dict(env_kwargs={})), description=text)
     args.env_kwargs = args.env_kwargs or given.get("env_kwargs", {})  # as a default, tyro would make a flag of each
     fixed = ("video_dir", "num_envs", "image_size", "image_width") if run else ()
@@ -335,14 +336,14 @@ class Video:
             sys.exit(f"{self.folder}: {error}")
         self.count += 1
 
-    def index(self, tail=0.1):
-        """Finds clips in which no stream begins, as (first frame, stream); holds out the tail -> itself."""
+    def index(self):
+        """Finds clips in which no stream begins, as (first frame, stream); holds out the last tenth -> itself."""
         self.image = np.memmap(f"{self.folder}/image", np.uint8, "r", shape=(self.count, *self.shape))
         self.action = np.memmap(f"{self.folder}/action", np.int64, "r", shape=(self.count, self.shape[0]))
         time = np.arange(self.count)[:, None]
         begun = np.maximum.accumulate(np.where(self.action < 0, time, 0))
         first = np.argwhere(time - begun >= self.length - 1) - [self.length - 1, 0]
-        split = int(self.count * (1 - tail))
+        split = int(self.count * 0.9)
         self.train, self.held_out = first[first[:, 0] + self.length <= split], first[first[:, 0] >= split]
         if not len(self.train) or not len(self.held_out):
             sys.exit(f"{self.folder}: {self.count:,} frames have too few clips of --clip-length {self.length}")
@@ -401,8 +402,9 @@ def record_files(args, folder, stop=()):
     if not paths and not os.path.exists(folder):
         sys.exit(f"--video-dir {args.video_dir} has no video files: {kinds}")
     video, done = Video(folder, args), Path(folder, "done")
-    read = lambda: done.read_text(errors="surrogateescape").splitlines()  # noqa: E731, names in any encoding
-    lines = [line.split(" ", 1) for line in read()] if done.exists() else [("0", "")]
+    read = lambda: done.read_text(errors="surrogateescape").split("\n")[:-1]  # noqa: E731, names in any encoding
+    lines = [("0", ""), *(line.split(" ", 1) for line in (read() if done.exists() else ()))]
+    lines = [line for line in lines if int(line[0]) <= video.count]  # of the others the frames are gone
     video.cut(int(lines[-1][0]))
     for path in tqdm(sorted({*paths} - {name for _, name in lines}), unit="files", desc="recording"):
         start, problem = video.count, ""
@@ -429,7 +431,7 @@ def read_frames(path, args):
     """Frames of a file at --fps, upright, (H, W, 3); whether each begins anew: after a cut, damage, a jump in time.
     At each tick of the clock the next frame of the file is shown; a jump is more than a second, on or back."""
     with av.open(path) as file:
-        stream, last, before, due, damaged, bad = file.streams.video[0], None, None, 0.0, False, None
+        stream, last, before, due, damaged, bad = file.streams.best("video"), None, None, 0.0, False, None
         stream.codec_context.options = {"err_detect": "explode"}  # what is damaged is an error, not a guess
         step = float(1 / (stream.average_rate or 25))
         for packet in file.demux(stream):
@@ -496,8 +498,7 @@ def psnr(a, b):
 
 def perplexity(counts):
     """Effective number of classes, from how often each occurred."""
-    p = counts / counts.sum()
-    return (-(p * p.clamp(min=1e-10).log()).sum()).exp()
+    return torch.special.entr(counts / counts.sum()).sum().exp()
 
 
 def mutual_information(a, b):
@@ -1063,8 +1064,8 @@ def load_run(args, run):
 @torch.no_grad()
 def measure(agent, args, video):
     """Metrics on clips that were held out; where true actions are known, how much the latent ones say of them."""
-    windows, values, names, counts = video.some_held_out(args.eval_episodes), [], [], 0
-    c, t = max(1, args.clip_length - 4), min(4, args.clip_length - 1)
+    windows, values, names, counts = np.unique(video.some_held_out(args.eval_episodes), axis=0), [], [], 0
+    c = max(1, args.clip_length - 4)
     torch.manual_seed(args.seed)
     for part in np.split(windows, range(args.batch_size, len(windows), args.batch_size)):
         clips, true = video.get(part, agent.device)
@@ -1077,21 +1078,20 @@ def measure(agent, args, video):
         copied = torch.cat([ids[:, :1], ids[:, :-1]], 1) == ids
         right = torch.stack([logits.argmax(-1) == ids, copied]) & masked  # (2, B, T, N)
         # section 3, metrics: how much better x_t is predicted with the inferred than with random actions
-        other = torch.cat([action[:, : c - 1], torch.randint_like(action[:, :t], args.num_actions)], 1)
-        ends = [agent.show(agent.rollout(ids[:, :c], a[:, : c - 1 + t]))[:, -1] / 255 for a in (action, other)]
-        ends = [psnr(end, truth[:, c + t - 1]) for end in ends]
+        other = torch.cat([action[:, : c - 1], torch.randint_like(action[:, c - 1 :], args.num_actions)], 1)
+        ends = [psnr(agent.show(agent.rollout(ids[:, :c], a))[:, -1] / 255, truth[:, -1]) for a in (action, other)]
         row = [psnr(recon, truth).mean(1), *right.sum((2, 3)) / masked.sum((1, 2)), ends[0], ends[0] - ends[1]]
         values.append(torch.stack(row).cpu())
         names.append(torch.stack([action, true]).cpu())
         counts = counts + F.one_hot(ids.flatten(), args.num_codes).sum(0)
-    values, (names, truth) = torch.cat(values, 1).double(), torch.cat(names, 1).numpy()
+    values, (names, actions) = torch.cat(values, 1).double(), torch.cat(names, 1).numpy()
     keys = "tokenizer_psnr masked_accuracy copy_accuracy rollout_psnr delta_psnr".split()
     result = dict(zip(keys, values.mean(1).tolist(), strict=True))
     result["delta_psnr_error"] = 1.96 * values[-1].std().item() / math.sqrt(len(windows))
     result["tokenizer_perplexity"] = perplexity(counts).item()
     result["lam_perplexity"] = perplexity(torch.from_numpy(names).flatten().bincount()).item()
-    if truth.any():
-        result["action_information"] = mutual_information(names, truth)
+    if actions.any():
+        result["action_information"] = mutual_information(names, actions)
     return {f"eval/{key}": value for key, value in result.items()}
 
 
@@ -1160,7 +1160,7 @@ def train(args):
             save, log, score = (n and frame // n > before // n for n in intervals)
 
             # Save: the checkpoint is there whole or not at all; the video lies beside it
-            done = updates == [args.tokenizer_steps, args.steps]
+            done = updates[1] == args.steps
             if rank == 0 and (save or score or ending or done):
                 state = dict(agent=agent.state_dict(), frame=frame)
                 state["optimizers"] = [optimizer.state_dict()["state"] for optimizer in agent.optimizers]

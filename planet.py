@@ -80,7 +80,7 @@ class Args:
     time_limit: int | None = None  # frames after which an episode is cut; default: the environment's own limit
 
     # PlaNet. Defaults: the authors' code, unless said otherwise
-    dynamics: Literal["rssm", "ssm", "rnn"] = "rssm"  # with a recurrent state, without one, or with it but no noise
+    dynamics: Literal["rssm", "ssm", "rnn"] = "rssm"  # ssm: no recurrent state; rnn: no noise, no KL loss
     deter: int = 200  # units of the recurrent state
     hidden: int = 200  # units of the layers inside the RSSM
     depth: int = 32  # channels of the convolutions, times 1, 2, 4, 8
@@ -91,7 +91,7 @@ class Args:
     reward_scale: float = 10.0  # of the reward loss; paper: none
     kl_scale: float = 1.0  # of the KL loss
     free_nats: float = 3.0  # nats below which a step's KL gives no gradient
-    overshooting_distance: int = 0  # steps over which open-loop predictions are trained too; 0 for none
+    overshooting_distance: int = 0  # open-loop predictions over 2 to this many steps are trained too; 0 for none
     overshooting_scale: float = 1.0  # of their loss; authors: 0
     planner: Literal["cem", "random-shooting"] = "cem"  # cross-entropy method, or the best of one set of candidates
     planning_horizon: int = 12  # steps planned ahead
@@ -134,6 +134,7 @@ def parse_args(argv=None):
         given = json.loads(path.read_text() if path.exists() else "{}") | dict(resume=None, evaluate=None)
         if given.pop("script", None) != Args.exp_name or given.keys() - vars(Args()).keys():
             sys.exit(f"{run} is no run of {Args.exp_name}.py, or of another version")
+    given = given | ({} if args.cuda else dict(compile=False, amp=False))  # flags can still ask for them
     args = tyro.cli(Args, args=argv, default=Args(**given | dict(env_kwargs={})), description=text)
     args.env_kwargs = args.env_kwargs or given.get("env_kwargs", {})  # as a default, tyro would make a flag of each
     for name, value in vars(args).items():
@@ -272,9 +273,8 @@ def make_envs(args, count, video=None):
 
 class Replay:
     """Ring of steps on disk, one stream for each environment: a memory-mapped array (capacity, envs) of full size.
-    Step t holds observation t, the action that led to it, its reward, its flags, and t: `dtype`.
-    Only complete episodes are drawn from. `saved`: state of a run that goes on. Exits if the disk is too small or the
-    file does not fit."""
+    Step t holds observation t, the action that led to it, its reward, its flags, and t. Only complete episodes are
+    drawn from. `saved`: state of a run that goes on. Exits if the disk is too small or the file does not fit."""
 
     def __init__(self, path, dtype, num_envs, capacity, length, saved=None):
         self.num_envs, self.length, self.capacity, self.count = num_envs, length, capacity, 0
@@ -292,12 +292,12 @@ class Replay:
         needed, free = self.capacity * size - held, shutil.disk_usage(os.path.dirname(path)).free
         if needed > free:
             sys.exit(f"{path} needs {needed / 1e9:.1f} GB, {free / 1e9:.1f} are free: make room, lower --replay-size")
-        with open(path, "ab") as file:
+        with open(path, "r+b" if held else "wb") as file:
             if hasattr(os, "posix_fallocate"):  # not on macOS, where the memory map makes the file grow
                 os.posix_fallocate(file.fileno(), 0, self.capacity * size)
         self.steps = np.memmap(path, dtype, "r+", shape=(self.capacity, num_envs))
-        begun, _, env = self.episodes.T  # without those that were overwritten after the checkpoint, before a kill
-        self.episodes = self.episodes[self.steps["count"][begun % self.capacity, env] == begun]
+        begun, lengths, env = self.episodes.T  # without those overwritten after the checkpoint, or too short by now
+        self.episodes = self.episodes[(self.steps["count"][begun % self.capacity, env] == begun) & (lengths >= length)]
 
     def add(self, step):
         """Appends one step of every environment: key -> array (envs, ...)."""
@@ -436,10 +436,9 @@ class Encoder(nn.Module):
 class Decoder(nn.Module):
     """Features (B, T, F) -> key -> means (B, T, ...): vectors, images in [-0.5, 0.5]."""
 
-    def __init__(self, spaces, args):
+    def __init__(self, encoder, args):
         super().__init__()
-        self.vectors = {key: space.shape[0] for key, space in sorted(spaces.items()) if space.dtype != np.uint8}
-        self.images = {key: space.shape[-1] for key, space in sorted(spaces.items()) if space.dtype == np.uint8}
+        self.vectors, self.images = encoder.vectors, encoder.images
         self.feat_dim = feat_dim = args.stoch + (args.deter if args.dynamics != "ssm" else 0)
         if self.vectors:
             self.layers = MLP(feat_dim, args.units, 4)
@@ -532,11 +531,11 @@ class RSSM(nn.Module):
         return tuple(torch.stack(x, 1) for x in zip(*steps, strict=True))
 
     def imagine(self, start, policy, horizon):
-        """What follows a state under a policy, (feat (N, F), t) -> action (N, A): feat (N, H, F), action (N, H, A)."""
+        """What follows a state under a policy, feat (N, F) -> action (N, A): feat (N, H, F), action (N, H, A)."""
         state, feats, actions = start, [feature(*start)], []
-        for t in range(horizon):
-            actions.append(policy(feats[t], t))
-            state = self.img_step(state, actions[t])
+        for _ in range(horizon):
+            actions.append(policy(feats[-1]))
+            state = self.img_step(state, actions[-1])
             feats.append(feature(*state))
         return torch.stack(feats[1:], 1), torch.stack(actions, 1)
 
@@ -567,7 +566,7 @@ class WorldModel(nn.Module):
         self.args = args
         self.encoder = Encoder(spaces, args)
         self.rssm = RSSM(args, self.encoder.embed_dim, action_dim)
-        self.decoder = Decoder(spaces, args)
+        self.decoder = Decoder(self.encoder, args)
         self.reward_head = MLP(self.decoder.feat_dim, args.units, 3, 1, args.activation)
 
     def loss(self, data, start):
@@ -625,8 +624,8 @@ def plan(objective, shape, iterations, elites, device):
 def predicted_return(world_model, state, action):
     """Sum of the rewards expected after each of the actions (N, J, H, A), from the state of its environment: (N, J)."""
     start = tuple(x.repeat_interleave(action.shape[1], 0) for x in state)
-    steps = action.flatten(0, 1)  # (M, H, A)
-    feat, _ = world_model.rssm.imagine(start, lambda feat, t: steps[:, t], steps.shape[1])  # (M, H, F)
+    steps = iter(action.flatten(0, 1).unbind(1))  # of one step for all plans
+    feat, _ = world_model.rssm.imagine(start, lambda _: next(steps), action.shape[2])  # (M, H, F)
     return world_model.reward(feat).sum(1).view(action.shape[:2])
 
 
@@ -680,8 +679,7 @@ class Agent(nn.Module):
 
     def initial(self, num_envs):
         """What acting carries from step to step, at the start: deter, stoch, action (num_envs, A)."""
-        state = self.world_model.rssm.initial(num_envs)
-        return *state, torch.zeros(num_envs, self.action_dim, device=self.device)
+        return *self.world_model.rssm.initial(num_envs), torch.zeros(num_envs, self.action_dim, device=self.device)
 
     @torch.no_grad()
     def act(self, obs, carry, training=True):
@@ -777,7 +775,7 @@ class Graph:
 class Dream(gym.Env):
     """The learned world model as a Gymnasium environment: it sees an episode's first observation, imagines the rest.
     info["real"] is what the real environment shows after the same actions, while its episode lasts. A dream ends where
-    the continue head says so, or is cut after `length` steps."""
+    the model says so, or is cut after `length` steps."""
 
     def __init__(self, agent, env, length=500):
         self.agent, self.env, self.length = agent, env, length
@@ -811,7 +809,7 @@ class Dream(gym.Env):
 
     @torch.no_grad()
     def policy(self):
-        """What the actor does here, as an action of the environment's action space."""
+        """What the agent does here, as an action of the environment's action space."""
         return self.agent.env_action(self.agent.policy(*self.state))[0]
 
 
@@ -832,8 +830,8 @@ def open_loop(agent, data, context=5):
     model, action, T = agent.world_model, data["action"], data["action"].shape[1]
     seen = [x[:, :context] for x in (model.encoder(data), action, data["is_first"])]
     deter, stoch, _ = model.rssm.observe(*seen, agent.start(data))
-    replayed = lambda _, t: action[:, context + t]  # noqa: E731
-    dream, _ = model.rssm.imagine((deter[:, -1], stoch[:, -1]), replayed, T - context)
+    rest = iter(action[:, context:].unbind(1))
+    dream, _ = model.rssm.imagine((deter[:, -1], stoch[:, -1]), lambda _: next(rest), T - context)
     decoded = model.decode(torch.cat([feature(deter, stoch), dream], 1))
     truth, dream = [picture({key: obs[key].cpu().numpy() for key in decoded}) for obs in (data, decoded)]
     error = ((dream.astype(np.int16) - truth + 255) // 2).astype(np.uint8)
@@ -933,7 +931,7 @@ def train(args):
     torch.manual_seed(int(rng.integers(2**63)))
     record = begin(envs, replay, rng.integers(2**32, size=envs.num_envs).tolist())
     carry, data, ahead = agent.initial(envs.num_envs), None, None
-    bar = tqdm(total=args.total_timesteps, initial=frame, unit="frames", smoothing=0.05)
+    bar = tqdm(total=args.total_timesteps, initial=frame, unit="frames", disable=False, smoothing=0.05)
     totals, counted, ending = 0.0, updates, False
     while frame < args.total_timesteps and not ending:
         # Learn: one update more than `train_steps` after the seed episodes, `train_steps` after each later one
@@ -957,9 +955,8 @@ def train(args):
             carry = act(to_tensors(record, device), carry)
 
         # Step, and add it to the replay: the first step after an episode's last one resets, and is no frame
-        obs, reward, terminated, truncated, info = envs.step(agent.env_action(carry[2]))
-        flags = dict(is_first=record["is_last"], is_last=terminated | truncated, is_terminal=terminated)
-        record = obs | flags | {"reward": reward}
+        obs, reward, ended, cut, info = envs.step(agent.env_action(carry[2]))
+        record = obs | dict(reward=reward, is_first=record["is_last"], is_last=ended | cut, is_terminal=ended)
         bad = [key for key, value in record.items() if not np.isfinite(value).all()]
         if bad:
             sys.exit(f"\nnot finite, from an environment, frame {frame}: {bad}; the last checkpoint is kept")

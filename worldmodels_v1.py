@@ -23,8 +23,9 @@ state carried on (theirs: 100 whole episodes, from zero), and sees actions in [-
 at 0; all candidates of a generation get the same tracks; of the means that were evaluated the best in the environment
 is kept, also where C evolves in the dream (theirs: in the dream).
 
-Shapes: B batch, T time, N frames, P candidates, R dreams of each, M = P*R, A action, U outputs, S stoch (z), D deter (h
-and c), H = D/2, K Gaussians, C channels, W parameters of a controller. Arrays are (B, T, ...).
+Shapes: B batch, T time, N frames, P candidates, R dreams of each, Q = P*R, A action, U outputs, S stoch (z), H units of
+the LSTM (--deter), D = 2 H deter (h and c), F = D + S deter and stoch, K Gaussians, C channels, W parameters of a
+controller. Arrays are (B, T, ...).
 """
 
 import ctypes
@@ -131,7 +132,7 @@ class Args:
     candidate_rollouts: int = 16  # evolve: episodes or dreams whose mean return is a candidate's fitness
     sigma: float = 0.1  # evolve: initial standard deviation of CMA-ES
     patience: int = 0  # evolve: steps without positive reward after which an episode is left; 0 for never
-    eval_generations: int = 25  # evolve: generations between evaluations of the distribution's mean; the best is kept
+    eval_generations: int = 25  # evolve: generations between evaluations of the mean, unless --eval-every is 0
     temperature: float = 1.0  # dream: divides the mixture's logits, multiplies its variances
     dream_length: int = 1000  # dream: steps after which it is cut while the controller evolves
     dream_context: int = 0  # dream: real steps before it, from anywhere in an episode; 0 to start with a first frame
@@ -179,6 +180,7 @@ def parse_args(argv=None):
         if given.pop("script", None) != Args.exp_name or given.keys() - vars(Args()).keys():
             sys.exit(f"{run} is no run of {Args.exp_name}.py, or of another version")
     given |= dict(eval_episodes=100) if args.evaluate else {}  # as in the paper
+    given = given | ({} if args.cuda else dict(compile=False, amp=False))  # flags can still ask for them
     args = tyro.cli(Args, args=argv, default=Args(**given | dict(env_kwargs={})), description=text)
     args.env_kwargs = args.env_kwargs or given.get("env_kwargs", {})  # as a default, tyro would make a flag of each
     if args.env_id.startswith("Vizdoom"):
@@ -188,6 +190,8 @@ def parse_args(argv=None):
         least = 0 if isinstance(value, float) or name in zero else 2 if name in ("population", "rollouts") else 1
         if type(value) in (int, float) and not least <= value < math.inf:
             sys.exit(f"--{name.replace('_', '-')} {value}: the least is {least}")
+    if not 0 < args.crop <= 1 or args.temperature == 0:
+        sys.exit("--crop must be above 0 and at most 1, --temperature above 0")
     if args.obs != "pixels":
         sys.exit(f"--obs {args.obs}: V sees pixels alone")
     return args
@@ -317,7 +321,7 @@ class Rollouts:
             sys.exit(f"{folder} needs {needed / 1e9:.1f} GB, {free / 1e9:.1f} are free: make room, or lower --rollouts")
         allocate = getattr(os, "posix_fallocate", lambda file, _, size: os.truncate(file, size))  # on macOS
         for key, (shape, dtype) in layout.items():
-            with open(f"{folder}/{key}", "ab") as file:
+            with open(f"{folder}/{key}", "r+b" if key in held else "wb") as file:
                 allocate(file.fileno(), 0, capacity * sizes[key])
             self.arrays[key] = np.memmap(f"{folder}/{key}", dtype, "r+", shape=(capacity, *shape))
 
@@ -525,12 +529,12 @@ class WorldModel(nn.Module):
         return losses, tuple(x[:, -1].detach().clone() for x in (deter, stoch))  # no views of all steps
 
     def reward(self, feat):
-        """(..., F) -> expected reward (...)."""
+        """(..., F), of which h alone is read, or deter (..., D) -> expected reward (...)."""
         mean, scale = self.reward_scale
         return self.reward_head(feat[..., : self.args.deter]).squeeze(-1) * scale + mean
 
     def cont(self, feat):
-        """(..., F) -> probability that the episode goes on (...)."""
+        """(..., F), of which h alone is read, or deter (..., D) -> probability that the episode goes on (...)."""
         return self.continue_head(feat[..., : self.args.deter]).squeeze(-1).sigmoid()
 
     def decode(self, feat):
@@ -592,9 +596,9 @@ def dream_returns(agent, params, start, length):
     params (P, W); start, the same for all candidates: deter (R, D), stoch (R, S). So is the noise: candidates differ by
     what they do, not by luck. Only dreams that go on are carried on."""
     model, controller, P, R = agent.world_model, agent.behaviour, len(params), len(start[0])
-    deter = start[0].repeat(P, 1)  # (M, D)
-    stoch = start[1].repeat(P, 1)  # (M, S)
-    total = torch.zeros(P * R, device=params.device)  # (M,)
+    deter = start[0].repeat(P, 1)  # (Q, D)
+    stoch = start[1].repeat(P, 1)  # (Q, S)
+    total = torch.zeros(P * R, device=params.device)  # (Q,)
     place, owner = torch.arange(P * R, device=params.device), params
     for _ in range(length):
         output = controller(*(x.view(len(owner), -1, x.shape[-1]) for x in (deter, stoch)), owner).flatten(0, 1)
@@ -682,7 +686,7 @@ def start_worker(args, weights):
     Finalize(None, env.close, exitpriority=1)  # it may have processes of its own, as VizDoom's has
     threading.Thread(target=lambda: parent.join() or env.close() or os._exit(1), daemon=True).start()
     torch.set_num_threads(1)
-    if "CarRacing" in args.env_id:
+    if "CarRacing" in args.env_id and not args.whole_episodes:  # after whose end all steps are seen
         draw_seldom(env.unwrapped, args.action_repeat)
     agent = Agent(replace(args, compile=False, amp=False), env.observation_space.spaces, env.action_space)
     agent.load_state_dict({key: torch.from_numpy(value) for key, value in weights.items()})
@@ -813,7 +817,7 @@ def learn_m(args, agent, rollouts, at):
             order = np.concatenate([episodes[i] for i in order])[: chunks * math.prod(shape)]
             order = order.reshape(shape[0], chunks, shape[1])
         data = rollouts.get(order[:, chunk], agent.device)
-        if chunk == 0:
+        if chunk == 0 or len(at.memory["state"][0]) != shape[0]:
             at.memory["state"] = agent.world_model.rssm.initial(shape[0])
             data["is_first"][:, 0] = True
         losses, at.memory["state"] = agent.world_model.loss(data, [x.to(agent.device) for x in at.memory["state"]])
@@ -902,7 +906,7 @@ def dream_starts(agent, rollouts, count):
 class Dream(gym.Env):
     """The learned world model as a Gymnasium environment: it sees an episode's first observation, imagines the rest.
     info["real"] is what the real environment shows after the same actions, while its episode lasts. A dream ends where
-    the continue head says so, or is cut after `length` steps."""
+    the model says so, or is cut after `length` steps."""
 
     def __init__(self, agent, env, length=500):
         self.agent, self.env, self.length = agent, env, length
@@ -936,7 +940,7 @@ class Dream(gym.Env):
 
     @torch.no_grad()
     def policy(self):
-        """What the actor does here, as an action of the environment's action space."""
+        """What the agent does here, as an action of the environment's action space."""
         return self.agent.env_action(self.agent.policy(*self.state))[0]
 
 
@@ -1008,7 +1012,8 @@ def train(args):
     folder, saved = args.resume or f"{args.run_dir}/{name}", load(args.resume, agent) if args.resume else {}
     (begun, done), tick, frames = saved.get("progress", ([[0, 0], 0], 0, 0))  # iteration and stage, units of it
     longest = limit if args.whole_episodes else -(-limit // args.action_repeat)  # after an end, no action is repeated
-    capacity = args.iterations * args.rollouts * (longest + 1)
+    played = begun[0] * args.rollouts + (args.rollouts if begun[1] else min(args.rollouts, done))
+    capacity = saved.get("count", 0) + max(0, args.iterations * args.rollouts - played) * (longest + 1)
     rollouts = Rollouts(f"{folder}/replay", agent.layout(), capacity, saved.get("count", 0))
     Path(f"{folder}/args.tmp").write_text(json.dumps(asdict(args) | {"script": Args.exp_name}, indent=1))
     os.replace(f"{folder}/args.tmp", f"{folder}/args.json")

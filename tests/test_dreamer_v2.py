@@ -119,7 +119,7 @@ def test_parity_world_model(case):
     close(embed, golden["step1/wm/embed"])
     with case.samples(case.noise(1, "post")):
         deter, stoch, post = model.rssm.observe(embed, data["action"], data["is_first"], start)
-    prior = model.rssm.prior(deter)
+    prior = model.rssm.logit(model.rssm.prior_net(deter))
     close(deter, golden["step1/wm/post_deter"])
     close(deter, golden["step1/wm/prior_deter"])
     close(stoch, case.stoch(golden["step1/wm/post_stoch"]))

@@ -150,7 +150,7 @@ def test_parity_world_model(case):
     assert np.array_equal(stoch.detach().argmax(-1).cpu().numpy(), golden["post/stoch_index"])
     with case.samples("post"):
         *_, post = model.rssm.observe(embed, data["action"], data["is_first"], case.start)
-    prior = model.rssm.prior(deter)
+    prior = model.rssm.probs(model.rssm.prior_net(deter))
     logits = model.rssm.post_net(torch.cat([deter, embed], -1)), model.rssm.prior_net(deter)
     for name, probs, logit in zip(("post", "prior"), (post, prior), logits, strict=True):
         close(logit.view(probs.shape), golden[f"{name}/logit"])
@@ -186,11 +186,10 @@ def test_parity_behaviour(case):
         close(script.twohot_mean(behaviour.critic(feat)), golden["head/val_pred"], atol=1e-4)
         close(script.twohot_mean(behaviour.slow_critic(feat)), golden["head/slowval_pred"], atol=1e-4)
         states = deter.flatten(0, 1), stoch.flatten(0, 1)
-        act = lambda feat, t: behaviour.actor.sample(behaviour.actor(feat))  # noqa: E731
         with case.samples("imagined"):
-            imag_feat, imag_action = model.rssm.imagine(states, act, case.args.imagination_horizon)
+            imag_feat, imag_action = model.rssm.imagine(states, behaviour.actor.sample, case.args.imagination_horizon)
         prior = model.rssm.probs(tensor(golden["imag/prior_logit"]).flatten(-2)).cpu()
-        close(model.rssm.prior(imag_feat[:, 1:, : case.args.deter]), prior)
+        close(model.rssm.probs(model.rssm.prior_net(imag_feat[:, 1:, : case.args.deter])), prior)
         close(imag_feat[..., : case.args.deter], golden["imag/deter"])
         index = imag_feat[..., case.args.deter :].unflatten(-1, (case.args.stoch, case.args.classes)).argmax(-1)
         assert np.array_equal(index.cpu().numpy(), golden["imag/stoch_index"])
@@ -626,3 +625,8 @@ def test_latents_are_written_back_an_update_late(tmp_path, monkeypatch):
     env = script.make_env(args)
     layout = script.Agent(args, env.observation_space.spaces, env.action_space).layout()
     assert len(updates) > 8 and np.memmap(path, layout, "r")["deter"].max() == updates[-2]
+
+
+def test_a_replay_that_holds_less_than_a_first_batch_is_learnt_from_when_it_is_full(tmp_path):
+    run = train(script, tmp_path, "--env-id", "toy_envs:Vector-v0", "--replay-size", 30, frames=60)
+    assert checkpoint(run)["progress"][1] > 5

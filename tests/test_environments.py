@@ -197,12 +197,6 @@ def test_images_keep_their_pixels(name):
         assert np.array_equal(make("toy_envs:Image-v0 --image-size 16").reset(seed=0)[0]["image"], raw)
 
 
-def test_a_class_is_one_hot():
-    env = make("toy_envs:Class-v0")
-    seen = [env.reset(seed=0)[0], *(env.step(0)[0] for _ in range(3))]
-    assert np.array_equal([obs["vector"] for obs in seen], np.eye(4))
-
-
 def test_an_unknown_space_is_left_out_with_a_line(capsys):
     with pytest.warns(UserWarning, match="'mission' is left out"):
         env = make("toy_envs:Mission-v0")
@@ -306,12 +300,6 @@ def test_time_limits_are_in_frames_and_no_terminations(flags, steps):
     env.reset(seed=0)
     ends = [env.step(np.zeros(env.action_space.shape, env.action_space.dtype))[2:4] for _ in range(steps)]
     assert ends == [(False, False)] * (steps - 1) + [(False, True)]
-
-
-def test_env_kwargs_reach_the_constructor():
-    env = make("CarRacing-v3 --env-kwargs lap_complete_percent 1.0 continuous False")
-    assert env.unwrapped.lap_complete_percent == 1.0 and env.action_space == gym.spaces.Discrete(5)
-    assert make("toy_envs:Vector-v0 --env-kwargs length 7").unwrapped.length == 7
 
 
 # Several environments

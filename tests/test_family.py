@@ -9,7 +9,7 @@ import pytest
 import test_dreamer_v1
 import test_dreamer_v2
 import torch
-from conftest import all_losses, calls, reached, run_script, small, tiny
+from conftest import all_losses, calls, checkpoint, reached, run_script, small, tiny, train
 from recordings import DEVICE, GOLDEN, close, draws, gradients, tensor
 
 DREAMERS = {"dreamer_v1": test_dreamer_v1, "dreamer_v2": test_dreamer_v2}
@@ -131,7 +131,7 @@ def test_parity_one_hot_actions(dreamer, functions):
     probs, index = policy.probs, tensor(functions["onehot/sample"]).argmax(-1, keepdim=True)
     noise = (probs.cumsum(-1).gather(-1, index) - probs.gather(-1, index) / 2).detach()
     with draws(rand_like=[noise]):
-        sample = actor.sample(policy)
+        sample = dreamer.sample_onehot(policy.probs)
     close(sample, functions["onehot/sample"])
     close(gradients(sample, logit, functions["onehot/upstream"])[0], functions["onehot/grad_logits"])
     close(policy.log_prob(sample.detach()), functions["onehot/log_prob"])
@@ -267,3 +267,17 @@ def test_a_run_without_an_update_says_why(name, flags, tmp_path):
     script = importlib.import_module(name)
     flags = ["--env-id", "toy_envs:Vector-v0", *tiny(script), *flags.split()]
     assert "no update: " in run_script(script, *flags, cwd=tmp_path).stdout
+
+
+@pytest.mark.parametrize("name", ["planet", *DREAMERS])
+def test_a_run_goes_on_with_longer_sequences_than_some_episodes(name, tmp_path):
+    script = importlib.import_module(name)
+    run = train(script, tmp_path, "--env-id", "toy_envs:Vector-v0", "--env-kwargs", "trouble", "short")
+    before = checkpoint(run)["replay"]["episodes"]
+    run_script(script, "--resume", run, "--batch-length", 12, "--total-timesteps", 200, cwd=tmp_path)
+    after = checkpoint(run)["replay"]["episodes"]
+    assert min(steps for _, steps, _ in before) < 12 <= min(steps for _, steps, _ in after)
+
+
+def test_imagination_takes_two_steps_at_least(dreamer, refused):
+    assert "the least is 2" in refused(dreamer, "--imagination-horizon", 1)

@@ -469,6 +469,9 @@ def test_a_folder_of_files(tmp_path, capsys):
     write_video(folder / "aa.mp4", [100] * 30, fps=10)
     video = s.record(args, str(tmp_path / "run")).index()
     assert video.count == 100 and (tmp_path / "run/image").read_bytes()[: len(before)] == before
+    os.truncate(tmp_path / "run/image", len(before))  # what a copy may lack is read again
+    video = s.record(args, str(tmp_path / "run")).index()
+    assert video.count == 100 and abs(int(video.image[99].mean()) - 100) < 8
     shutil.rmtree(folder)
     assert s.record(args, str(tmp_path / "run")).count == 100
 
@@ -503,6 +506,14 @@ def test_a_run_from_end_to_end(finished):
     height, width = np.array(last_video(finished, "video/latent_actions").shape[1:3]) // 16
     assert (height, width) == (3, 2 + 5)  # prompts; the truth, its actions, each of the five codes
     assert not undocumented(s, finished)
+
+
+def test_a_clip_that_is_held_out_counts_once(finished):
+    (agent, _), args = load(finished)
+    video, results = s.Video(f"{finished}/video", args).index(), []
+    for args.eval_episodes in (len(video.held_out), 999):
+        results.append(s.measure(agent, args, video))
+    assert results[0] == results[1]
 
 
 def test_evaluate_repeats_and_records_again_what_is_gone(copy):
@@ -625,6 +636,8 @@ def test_a_recording_that_was_stopped_goes_on(number, tmp_path):
 def test_a_finished_run_is_extended(copy, tmp_path):
     run_script(s, "--resume", copy, "--steps", 9, cwd=tmp_path)
     assert checkpoint(copy)["agent"]["updates"].tolist() == [6, 9]
+    run_script(s, "--resume", copy, "--tokenizer-steps", 5, "--steps", 10, cwd=tmp_path)  # of which it has more
+    assert checkpoint(copy)["agent"]["updates"].tolist() == [6, 10]
     assert os.path.getsize(copy / "video/action") == 400 * 8
 
 

@@ -1,7 +1,6 @@
 """Runs: resume, kill, signals, trouble in environments, what is refused, evaluation, several processes."""
 
 import importlib
-import json
 import os
 import re
 import shutil
@@ -174,18 +173,6 @@ def test_a_finished_run_is_extended(new_house, batches, before, after, grows, tm
     assert checkpoint(run)["replay"]["capacity"] > size + 90 if grows else size == 45
     run_script(new_house, "--resume", run, cwd=tmp_path)  # it remembers the new total: nothing left to do
     assert frames(run) == 200
-
-
-def test_a_kill_between_the_growth_of_the_replay_and_the_next_save(new_house, batches, tmp_path):
-    run = train(new_house, tmp_path, *TOY)
-    os.truncate(run / "replay/steps", 3 * (run / "replay/steps").stat().st_size)
-    go_on(new_house, run, 100)
-
-
-def test_other_intervals_may_be_asked_for(new_house, tmp_path):
-    run = train(new_house, tmp_path, *TOY)
-    go_on(new_house, run, 40, "--log-every", 10, "--learning-rate", 1e-2)
-    assert json.loads((run / "args.json").read_text())["learning_rate"] == 1e-2
 
 
 def test_keys_of_any_name_train_and_come_back(ported, tmp_path):

@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import time
+import unittest.mock
 from pathlib import Path
 
 import gymnasium as gym
@@ -406,7 +407,7 @@ def test_the_state_between_chunks_is_no_view_of_all_steps():
 
 @pytest.mark.parametrize("flags", ["", "--controller-inputs zch --controller-hidden 9"])
 def test_shape_comments(flags):
-    sizes = dict(B=3, T=5, N=15, P=10, R=4, M=40, A=2, S=6, H=7, D=14, C=3)
+    sizes = dict(B=3, T=5, N=15, P=10, R=4, Q=40, A=2, S=6, H=7, D=14, C=3)
     agent = make_agent(flags + " --stoch 6 --deter 7 --depth 1")
     sizes["W"] = agent.behaviour.params.numel()
 
@@ -438,6 +439,17 @@ def test_frames_that_are_not_drawn_change_nothing():
             action = np.array([np.sin(t), 0.5, -1.0], np.float32)
             (a, reward, *_), (b, other, *_) = (env.step(action) for env in (plain, fast))
             assert np.array_equal(a["image"], b["image"]) and reward == pytest.approx(other)
+
+
+@pytest.mark.parametrize("flags, seldom", [("--quick", True), ("--quick --whole-episodes", False)])
+def test_all_frames_are_drawn_where_single_steps_follow_an_end(flags, seldom, monkeypatch):
+    monkeypatch.setattr(script.threading, "Thread", unittest.mock.Mock())  # it waits for the main process
+    monkeypatch.setattr(script, "WORKER", {})
+    args = car_racing(*flags.split())
+    env = script.make_env(args)
+    agent = script.Agent(args, env.observation_space.spaces, env.action_space)
+    script.start_worker(args, {key: value.numpy() for key, value in agent.state_dict().items()})
+    assert ("_render" in vars(script.WORKER["env"].unwrapped)) == seldom
 
 
 def test_what_v_sees_of_car_racing_has_no_score_in_it():
@@ -598,8 +610,11 @@ def test_a_run_that_was_stopped_goes_on_exactly(whole, tmp_path, monkeypatch, at
     assert f"--resume runs/{run.name}" in out.splitlines()[-1]
     assert checkpoint(run)["progress"][0] in [([iteration, STAGES.index(stage)], done + more) for more in (0, 1)]
     monkeypatch.undo()
+    fewer = tmp_path / "fewer"
+    shutil.copytree(run, fewer)
     run_script(script, "--resume", run, cwd=tmp_path)
     same_runs(whole(flags), run)
+    run_script(script, "--resume", fewer, "--iterations", 1, "--rollouts", 2, "--batch-size", 1, cwd=tmp_path)
 
 
 @pytest.mark.slow
@@ -687,6 +702,8 @@ def test_a_loss_that_is_not_finite(tmp_path, monkeypatch):
         ("--moves", "three discrete actions"),
         ("--env-id VizdoomTakeCover-v1", "vizdoom"),
         ("--population 1", "--population 1"),
+        ("--crop 1.5", "--crop"),
+        ("--temperature 0", "--temperature"),
         ("--rollouts 1", "--rollouts 1"),
         ("--batch-length 99", "99"),
     ],
