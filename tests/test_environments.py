@@ -197,10 +197,11 @@ def test_images_keep_their_pixels(name):
         assert np.array_equal(make("toy_envs:Image-v0 --image-size 16").reset(seed=0)[0]["image"], raw)
 
 
-def test_an_unknown_space_is_left_out_with_a_line(capsys):
+@pytest.mark.parametrize("obs, expected", [("pixels", {"render": (64, 64, 3)}), ("state", {"image": (147,)})])
+def test_an_unknown_space_is_left_out_with_a_line(obs, expected):
     with pytest.warns(UserWarning, match="'mission' is left out"):
-        env = make("toy_envs:Mission-v0")
-    assert shapes(env) == {"image": (64, 64, 3)}
+        env = make(f"toy_envs:Mission-v0 --obs {obs}")
+    assert shapes(env) == expected
     run(env, 5)
 
 

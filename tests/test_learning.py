@@ -46,10 +46,7 @@ def test_learns_a_game(name, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("flags", ["--generations 100 --eval-episodes 40", "--generations 1 --num-mixtures 1"])
 def test_learns_to_follow_in_its_dream(flags, tmp_path):
-    """The controller is trained in the dream alone, and M predicts what it has not seen.
-
-    Perfect play returns 9.2, random play 2.
-    """
+    """C is trained in the dream alone, and M predicts what it has not seen. Perfect play returns 9.2, random play 2."""
     script = __import__("worldmodels_v1")
     flags = f"--env-id toy_envs:Follow-v0 --no-cuda --no-amp {STAGES} {flags}"
     run_script(script, *flags.split(), cwd=tmp_path, timeout=3000)

@@ -137,7 +137,7 @@ OBSERVATIONS = {name: spaces.Box(0, 255, shape, np.uint8) for name, shape in BYT
     "Tuple": spaces.Tuple([VECTOR, spaces.Discrete(3)]),
     "Binary": spaces.MultiBinary(4),
     "Classes": spaces.MultiDiscrete([3, 4]),
-    "Mission": spaces.Dict(image=IMAGE, mission=Mission()),
+    "Mission": spaces.Dict(image=spaces.Box(0, 255, (7, 7, 3), np.uint8), mission=Mission()),
     "Keys": spaces.Dict({key: VECTOR for key in "reward action deter stoch count is_first a.b a/b type keys".split()}),
 }
 for name, space in OBSERVATIONS.items():
