@@ -15,12 +15,12 @@ Frames on all axes are those of video that was trained on; --total-timesteps are
 environment, and --eval-episodes counts clips that were held out: windows of the last tenth of the video.
 
 Where the paper says nothing, chosen here: LayerNorm before each layer, GELU, learned positions, no dropout, normalised
-queries and keys; codes and what is matched to them have length 1, are learned by gradient, and one that nothing uses is
-put where an output of the encoder is; the LAM's decoder predicts how its last frame changes, in units of how much it
-changes; the dynamics' loss is on masked tokens alone; MaskGIT keeps the likeliest of its draws, at one temperature;
-ΔtPSNR starts from all but four frames of a clip. The paper's parameter counts leave next to no room for feed-forward
-layers: --ffn 0.5 fits them. The tokenizer of --preset tiny has an encoder without transformer: a token says what its
-own patch shows, which the dynamics learn in a few thousand updates.
+queries and keys (paper: in the dynamics); codes and what is matched to them have length 1, are learned by gradient, and
+one that nothing uses is put where an output of the encoder is; the LAM's decoder predicts how its last frame changes,
+in units of how much it changes; the dynamics' loss is on masked tokens alone; MaskGIT keeps the likeliest of its draws,
+at one temperature; ΔtPSNR starts from all but four frames of a clip. The paper's parameter counts leave next to no room
+for feed-forward layers: --ffn 0.5 fits them. The tokenizer of --preset tiny has an encoder without transformer: a token
+says what its own patch shows, which the dynamics learn in a few thousand updates.
 
 Shapes: B batch, T time, L = T - 1, N tokens of a frame, P patches of a frame of the LAM, V codes of a token, A latent
 actions, C width of a model, D width of a code, E numbers in a patch. Videos are uint8, (B, T, height, width, 3).
@@ -96,10 +96,10 @@ class Args:
     clone_steps: int = 1_000  # updates of that policy
     video_dir: str | None = None  # folder of video files to learn from, instead of an environment
     fps: float = 10  # frames per second that are taken from them
-    cut: float = 0.25  # mean change between two frames of a file, of the whole range, from which on it is a cut
+    cut: float = 0.25  # two frames that differ by more than this share of the range, on average, are a cut
     image_width: int | None = None  # width of the frames of files, if it is not --image-size
     clip_length: int = 16  # frames of a clip: what the models see and remember
-    context: int = 15  # real frames that a dream starts with, fewer than --clip-length; paper: also 1
+    context: int = 15  # real frames that a dream starts with, fewer than --clip-length; paper: also one
     num_codes: int = 1024  # V, codes of the tokenizer
     num_actions: int = 6  # A, codes of the LAM: latent actions; paper: 8 but for CoinRun
     latent_dim: int = 32  # D, numbers in a code
@@ -129,7 +129,7 @@ class Args:
     window_shift: float = 0.0  # share of clips that are decoded from a later frame on, as in long play
     clean_context: float = 0.0  # share of clips in whose first frames, up to a random one, no token is masked
     lam_change: bool = False  # show the LAM's encoder only how two frames differ, so that codes name no past
-    lam_centre: bool = False  # take its batch mean from what is matched to latent actions: they cannot be all the same
+    lam_centre: bool = False  # subtract its batch mean from what is matched to latent actions: not all get one code
     lam_shift: int = 0  # shift what its encoder sees by a random multiple of so many pixels: codes name no places
 
 
@@ -771,7 +771,8 @@ class LatentActionModel(nn.Module):
 
 
 class Dynamics(nn.Module):
-    """MaskGIT: tokens of a clip, some of them masked, and its latent actions -> logits of all tokens (section 2.1)."""
+    """MaskGIT: tokens of a clip, some of them masked, and its latent actions -> logits of all tokens (section 2.1).
+    A masked token is predicted at its own place; the paper's text has tokens up to T - 1 in and those from 2 on out."""
 
     def __init__(self, args):
         super().__init__()
