@@ -267,7 +267,7 @@ def make_env(args, video=None):
         name = "image" if is_image(space) else "vector"
         env = gym.wrappers.TransformObservation(env, lambda obs: {name: obs}, gym.spaces.Dict({name: space}))
     if pixels and not any(map(is_image, env.observation_space.values())):
-        key = "render" if "image" in env.observation_space.keys() else "image"
+        key = "render" if "image" in env.observation_space.keys() else "image"  # MiniGrid's image is no picture
         env = gym.wrappers.AddRenderObservation(env, render_only=False, render_key=key)
     if video:
         env = gym.wrappers.RecordVideo(env, video, episode_trigger=lambda episode: episode == 0)
