@@ -35,6 +35,7 @@ Shapes: B batch, T time, H imagination horizon, N = B*T starts of imagination, A
 K classes of each, E embed, F = D + S*K feat, G blocks, X bins, L = T - 1, P = H + 1. Arrays are (B, T, ...).
 """
 
+import atexit
 import ctypes
 import json
 import math
@@ -993,6 +994,7 @@ def setup(args):
         sys.exit(f"--num-envs {args.num_envs} and --batch-size {args.batch_size} must be multiples of {world}")
     if world > 1:
         dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(hours=9))  # while the first evaluates
+        atexit.register(dist.destroy_process_group)  # or a process may abort where it should exit
         sys.stdout = sys.stdout if dist.get_rank() == 0 else open(os.devnull, "w")  # the first prints
     if cuda:
         torch.cuda.set_device(device)
@@ -1174,8 +1176,6 @@ def main(argv=None):
         print(f"{args.env_id}: {returns.mean():.2f} ± {returns.std():.2f} over {len(returns)} episodes")
     else:
         train(args)
-    if dist.is_initialized():
-        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ Shapes: B batch, T time, L = T - 1, N tokens of a frame, P patches of a frame of
 actions, C width of a model, D width of a code, E numbers in a patch. Videos are uint8, (B, T, height, width, 3).
 """
 
+import atexit
 import ctypes
 import json
 import math
@@ -1033,6 +1034,7 @@ def setup(args):
         sys.exit(f"--tokenizer-batch-size and --batch-size must be multiples of the {world} processes")
     if world > 1:
         dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(hours=9))  # while the first records
+        atexit.register(dist.destroy_process_group)  # or a process may abort where it should exit
     if cuda:
         torch.cuda.set_device(device)
     elif sys.platform == "linux":  # glibc is to keep freed memory, or page faults cost an eighth of an update
@@ -1231,8 +1233,6 @@ def main(argv=None):
         clone(args)
     else:
         train(args)
-    if dist.is_initialized():
-        dist.destroy_process_group()
 
 
 if __name__ == "__main__":
