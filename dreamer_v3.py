@@ -26,7 +26,7 @@ What changed since dreamer_v2.py:
  [C9] One optimizer: adaptive gradient clipping, LaProp, warm-up: LaProp, learning_rate, warmup, clip, Agent.
 [C10] Sequences of one step more that start from stored latents, refreshed after each update; new ones first: Replay.
 [C11] Train ratio instead of a schedule, no random prefill; sizes; several processes; Atari's pictures: train, size,
-      train_ratio, replay_size, batch_*, parse_args, setup, main, make_env.
+      train_ratio, replay_size, batch_*, parse_args, setup, make_env.
 
 Not copied from their code: cross entropy for observations of classes (here: squared error), DMC drawn from state, Atari
 games that start without a no-op (theirs: 0 to 30, here 1 to 30) and whose time limit counts as terminal.

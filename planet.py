@@ -11,7 +11,7 @@ policy: before every action, the agent searches the model for the actions with t
 120,000 steps of the model, as much work as learning, and is done in float32 under --amp too.
 
 Not copied from the authors' code: several environments' candidates scored from one another's states; an overshooting
-loss that is not a number beyond the sequence; a layer each for mean and deviation; new episodes drawn only after the
+loss that is NaN beyond the sequence; a layer each for mean and deviation; new episodes drawn only after the
 current 20 updates. Not in paper or code: vectors, discrete actions (the largest of A planned numbers), Atari.
 
 Shapes: B batch, T time, A action, D deter, S stoch variables, E embed, F = D + S feat; of the planner N environments,
@@ -541,7 +541,7 @@ class RSSM(nn.Module):
         return torch.stack(feats[1:], 1), torch.stack(actions, 1)
 
     def overshoot(self, deter, stoch, post, action, distance):
-        """KL of the posterior, a constant here, from predictions over 2, 3, ... steps; Eq. 7 (arXiv:1811.04551v5).
+        """KL of the posterior, a constant here, from predictions over 2, 3, ... steps (paper: 1 too); Eq. 7 (arXiv:1811.04551v5).
         deter (B, T, D), stoch (B, T, S), post (B, T, S, 2), action (B, T, A)
         -> (B, T, distance - 1): step t and those after it, as predicted from t - 1; 0 beyond the sequence."""
         T, kls = deter.shape[1], []
@@ -624,7 +624,7 @@ def plan(objective, shape, iterations, elites, device):
 
 def predicted_return(world_model, state, action):
     """Sum of the rewards expected after each of the actions (N, J, H, A), from the state of its environment: (N, J)."""
-    start = tuple(x.repeat_interleave(action.shape[1], 0) for x in state)
+    start = tuple(x.repeat_interleave(action.shape[1], 0) for x in state)  # the same for all plans (paper: a sample each)
     steps = iter(action.flatten(0, 1).unbind(1))  # of one step for all plans
     feat, _ = world_model.rssm.imagine(start, lambda _: next(steps), action.shape[2])  # (M, H, F)
     return world_model.reward(feat).sum(1).view(action.shape[:2])

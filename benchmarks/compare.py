@@ -53,8 +53,8 @@ STATE = f"--total-timesteps 30000 --eval-every 0 --eval-episodes 10 --save-every
 GRID = {  # panel: title, flags of the task, label -> script and flags, what random play returns
     "glide": ("Glide from pixels", f"{TASK} --env-id toy_envs:Glide-v0", FOUR, -0.3),
     "catch": ("Catch from pixels", f"{TASK} --env-id toy_envs:Catch-v0", FOUR, -0.6),
-    "cartpole": ("Cartpole swing-up from state", f"{STATE} --env-id dmc-cartpole-swingup", CONTROL | PRESET, 43),
-    "reacher": ("Reacher (easy) from state", f"{STATE} --env-id dmc-reacher-easy", CONTROL, 84),
+    "cartpole": ("Cartpole swing-up from state", f"{STATE} --env-id dmc-cartpole-swingup", CONTROL | PRESET, 49),
+    "reacher": ("Reacher (easy) from state", f"{STATE} --env-id dmc-reacher-easy", CONTROL, 54),
     "horizon": ("PlaNet on Glide, by planning horizon", f"{TASK} --env-id toy_envs:Glide-v0", HORIZONS, -0.3),
     "ablations": ("DreamerV2 on Catch, ablations", f"{TASK} --env-id toy_envs:Catch-v0", ABLATIONS, -0.6),
 }
