@@ -161,8 +161,8 @@ def parse_args(argv=None):
     args = tyro.cli(Args, args=argv, default=Args(**given | dict(env_kwargs={})), description=text)
     args.env_kwargs = args.env_kwargs or given.get("env_kwargs", {})  # as a default, tyro would make a flag of each
     for name, value in vars(args).items():
-        least = 0 if isinstance(value, float) or name in ("seed", "eval_every", "prefill", "pretrain") else 1
-        least = 2 if name == "imagination_horizon" else least
+        least = 0 if type(value) is float or name in ("seed", "eval_every", "prefill", "pretrain") else 1
+        least = 2 if name in ("imagination_horizon", "batch_length") else least
         if type(value) in (int, float) and not least <= value < math.inf:
             sys.exit(f"--{name.replace('_', '-')} {value}: the least is {least}")
     if args.image_size != 64:

@@ -166,7 +166,7 @@ def parse_args(argv=None):
     widths = dict(deter=8 * width, hidden=width, classes=width // 16, depth=width // 16, units=width)
     vars(args).update({name: value for name, value in widths.items() if getattr(args, name) is None})
     for name, value in vars(args).items():
-        least = 0 if isinstance(value, float) or name in ("seed", "eval_every", "warmup") else 1
+        least = 0 if type(value) is float or name in ("seed", "eval_every", "warmup") else 1 + (name == "batch_length")
         if type(value) in (int, float) and not least <= value < math.inf:
             sys.exit(f"--{name.replace('_', '-')} {value}: the least is {least}")
     if args.image_size % 16 or args.deter % args.blocks or args.deter % args.decoder_blocks or args.bins % 2 == 0:

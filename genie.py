@@ -176,7 +176,7 @@ def parse_args(argv=None):
         sys.exit(f"{run} has its video; for other values of {fixed} start a new run")
     may_be_0 = ("seed", "eval_every", "warmup", "tokenizer_warmup", "lam_shift")
     for name, value in vars(args).items():
-        least = 0 if isinstance(value, float) or name in may_be_0 else 1
+        least = 0 if type(value) is float or name in may_be_0 else 1
         if type(value) in (int, float) and not least <= value < math.inf:
             sys.exit(f"--{name.replace('_', '-')} {value}: the least is {least}")
     args.image_width = args.image_width or args.image_size

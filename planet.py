@@ -138,7 +138,7 @@ def parse_args(argv=None):
     args = tyro.cli(Args, args=argv, default=Args(**given | dict(env_kwargs={})), description=text)
     args.env_kwargs = args.env_kwargs or given.get("env_kwargs", {})  # as a default, tyro would make a flag of each
     for name, value in vars(args).items():
-        least = 0 if isinstance(value, float) or name in ("seed", "eval_every", "overshooting_distance") else 1
+        least = 0 if type(value) is float or name in ("seed", "eval_every", "overshooting_distance") else 1
         if type(value) in (int, float) and not least <= value < math.inf:
             sys.exit(f"--{name.replace('_', '-')} {value}: the least is {least}")
     for name, most in dict(bits=8, elites=args.candidates, overshooting_distance=args.batch_length).items():
@@ -541,7 +541,7 @@ class RSSM(nn.Module):
         return torch.stack(feats[1:], 1), torch.stack(actions, 1)
 
     def overshoot(self, deter, stoch, post, action, distance):
-        """KL of the posterior, a constant here, from predictions over 2, 3, ... steps (paper: 1 too); Eq. 7 (arXiv:1811.04551v5).
+        """KL of the posterior from predictions of 2, 3, ... steps (paper: 1 too); Eq. 7 (arXiv:1811.04551v5).
         deter (B, T, D), stoch (B, T, S), post (B, T, S, 2), action (B, T, A)
         -> (B, T, distance - 1): step t and those after it, as predicted from t - 1; 0 beyond the sequence."""
         T, kls = deter.shape[1], []
@@ -624,7 +624,7 @@ def plan(objective, shape, iterations, elites, device):
 
 def predicted_return(world_model, state, action):
     """Sum of the rewards expected after each of the actions (N, J, H, A), from the state of its environment: (N, J)."""
-    start = tuple(x.repeat_interleave(action.shape[1], 0) for x in state)  # the same for all plans (paper: a sample each)
+    start = tuple(x.repeat_interleave(action.shape[1], 0) for x in state)  # one for all plans (paper: a sample each)
     steps = iter(action.flatten(0, 1).unbind(1))  # of one step for all plans
     feat, _ = world_model.rssm.imagine(start, lambda _: next(steps), action.shape[2])  # (M, H, F)
     return world_model.reward(feat).sum(1).view(action.shape[:2])

@@ -187,7 +187,7 @@ def parse_args(argv=None):
         args.env_id = f"vizdoom.gymnasium_wrapper:{args.env_id}"  # the module that registers it
     zero = "seed eval_every shortest controller_hidden brake patience collect_patience dream_context".split()
     for name, value in vars(args).items():
-        least = 0 if isinstance(value, float) or name in zero else 2 if name in ("population", "rollouts") else 1
+        least = 0 if type(value) is float or name in zero else 2 if name in ("population", "rollouts") else 1
         if type(value) in (int, float) and not least <= value < math.inf:
             sys.exit(f"--{name.replace('_', '-')} {value}: the least is {least}")
     if not 0 < args.crop <= 1 or args.temperature == 0:

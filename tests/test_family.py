@@ -278,6 +278,8 @@ def test_a_run_goes_on_with_longer_sequences_than_some_episodes(name, tmp_path):
     assert min(steps for _, steps, _ in after) >= 13  # the environment's have 5 to 15
 
 
-def test_imagination_takes_two_steps_at_least(dreamer):
-    with pytest.raises(SystemExit, match="the least is 2"):
-        dreamer.parse_args(["--imagination-horizon", "1"])
+@pytest.mark.parametrize("name", [*DREAMERS, "dreamer_v3"])
+def test_sequences_take_two_steps_at_least(name):
+    for flag in ("--batch-length", "--imagination-horizon")[: 1 + (name in DREAMERS)]:
+        with pytest.raises(SystemExit, match=f"{flag} 1: the least is 2"):
+            importlib.import_module(name).parse_args([flag, "1"])
