@@ -1036,7 +1036,7 @@ def train(args):
 
         names = dict(project=args.wandb_project_name, entity=args.wandb_entity, name=os.path.basename(run))
         wandb.init(**names, config=vars(args), sync_tensorboard=True)
-    writer = SummaryWriter(run, purge_step=frame + 1)
+    writer = SummaryWriter(run, purge_step=frame + 1, flush_secs=1)
     print(f"{run}: {sum(p.numel() for p in agent.parameters() if p.requires_grad):,} parameters, {device}")
 
     stop = []

@@ -1023,7 +1023,7 @@ def train(args):
 
         names = dict(project=args.wandb_project_name, entity=args.wandb_entity, name=os.path.basename(folder))
         wandb.init(**names, config=vars(args), sync_tensorboard=True)
-    writer = SummaryWriter(folder, purge_step=tick + 1)
+    writer = SummaryWriter(folder, purge_step=tick + 1, flush_secs=1)
     print(f"{folder}: {sum(p.numel() for p in agent.trained):,} parameters, {device}")
 
     stop, rows = [], []
