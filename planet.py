@@ -541,7 +541,7 @@ class RSSM(nn.Module):
         return torch.stack(feats[1:], 1), torch.stack(actions, 1)
 
     def overshoot(self, deter, stoch, post, action, distance):
-        """KL of the posterior from predictions of 2, 3, ... steps (paper: 1 too); Eq. 7 (arXiv:1811.04551v5).
+        """KL of the detached posterior from predictions of 2, 3, ... steps (paper: 1 too); Eq. 7 (arXiv:1811.04551v5).
         deter (B, T, D), stoch (B, T, S), post (B, T, S, 2), action (B, T, A)
         -> (B, T, distance - 1): step t and those after it, as predicted from t - 1; 0 beyond the sequence."""
         T, kls = deter.shape[1], []
