@@ -632,10 +632,18 @@ class RSSM(nn.Module):
         """Embed (B, T, E), action (B, T, A) that led to each step, is_first (B, T), state before -> posterior states:
         deter (B, T, D), stoch (B, T, S, K), post (B, T, S, K)."""
         state, steps = start, []
+        for inputs in zip(action.split(8, 1), embed.split(8, 1), is_first.split(8, 1), strict=True):
+            state, more = self.obs_steps(state, *inputs)
+            steps += more
+        return tuple(torch.stack(x, 1) for x in zip(*steps, strict=True))
+
+    def obs_steps(self, state, action, embed, is_first):
+        """Several calls of obs_step, compiled as one: inputs (B, T, ...) -> last state, [(deter, stoch, post), ...]."""
+        steps = []
         for inputs in zip(action.unbind(1), embed.unbind(1), is_first.unbind(1), strict=True):
             state, post = self.obs_step(state, *inputs)
             steps.append((*state, post))
-        return tuple(torch.stack(x, 1) for x in zip(*steps, strict=True))
+        return state, steps
 
     def imagine(self, start, policy, horizon):
         """What follows a state under a policy, feat (N, F) -> action (N, A): feat (N, P, F), action (N, H, A)."""
@@ -827,9 +835,10 @@ class Agent(nn.Module):
         self.trained = [p for p in self.parameters() if p.requires_grad]
         self.optimizer = LaProp(self.trained, args)
         if args.compile:  # but a decoder whose first map is one pixel would fail on a GPU: PyTorch issue 171622
-            model = self.world_model
-            modules = [model.encoder, self.behaviour.actor.layers] + ([model.decoder] if args.image_size > 16 else [])
-            for part, name in [(model.rssm, "obs_step"), (model.rssm, "img_step")] + [(x, "forward") for x in modules]:
+            model, actor = self.world_model, self.behaviour.actor
+            modules = [model.encoder, actor.layers] + ([model.decoder] if args.image_size > 16 else [])
+            parts = [(model.rssm, name) for name in ("obs_step", "obs_steps", "img_step")]
+            for part, name in [*parts, (actor, "sample")] + [(x, "forward") for x in modules]:
                 setattr(part, name, torch.compile(getattr(part, name), dynamic=False))
         self.autocast = lambda: torch.autocast(self.device.type, torch.bfloat16, enabled=args.amp)
 
@@ -901,7 +910,7 @@ class Graph:
     def __call__(self, *inputs):
         if self.plain > 0:
             self.plain -= 1
-            return self.function(*inputs)
+            return self.function(*tree_map(torch.clone, inputs))
         if not self.graph:
             self.inputs, self.graph = tree_map(torch.clone, inputs), torch.cuda.CUDAGraph()
             with torch.cuda.graph(self.graph):

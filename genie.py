@@ -935,7 +935,7 @@ class Graph:
     def __call__(self, *inputs):
         if self.plain > 0:
             self.plain -= 1
-            return self.function(*inputs)
+            return self.function(*tree_map(torch.clone, inputs))
         if not self.graph:
             self.inputs, self.graph = tree_map(torch.clone, inputs), torch.cuda.CUDAGraph()
             with torch.cuda.graph(self.graph):

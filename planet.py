@@ -526,10 +526,18 @@ class RSSM(nn.Module):
         """Embed (B, T, E), action (B, T, A) that led to each step, is_first (B, T), state before -> posterior states:
         deter (B, T, D), stoch (B, T, S), post (B, T, S, 2)."""
         state, steps = start, []
+        for inputs in zip(action.split(8, 1), embed.split(8, 1), is_first.split(8, 1), strict=True):
+            state, more = self.obs_steps(state, *inputs)
+            steps += more
+        return tuple(torch.stack(x, 1) for x in zip(*steps, strict=True))
+
+    def obs_steps(self, state, action, embed, is_first):
+        """Several calls of obs_step, compiled as one: inputs (B, T, ...) -> last state, [(deter, stoch, post), ...]."""
+        steps = []
         for inputs in zip(action.unbind(1), embed.unbind(1), is_first.unbind(1), strict=True):
             state, post = self.obs_step(state, *inputs)
             steps.append((*state, post))
-        return tuple(torch.stack(x, 1) for x in zip(*steps, strict=True))
+        return state, steps
 
     def imagine(self, start, policy, horizon):
         """What follows a state under a policy, feat (N, F) -> action (N, A): feat (N, H, F), action (N, H, A)."""
@@ -669,8 +677,8 @@ class Agent(nn.Module):
         self.optimizers = {"world_model": Adam(self.world_model.parameters(), args.model_rate, args)}
         if args.compile:
             rssm = self.world_model.rssm
-            for part, name in ((rssm, "obs_step"), (rssm, "img_step")):
-                setattr(part, name, torch.compile(getattr(part, name), dynamic=False))
+            for name in ("obs_step", "obs_steps", "img_step"):
+                setattr(rssm, name, torch.compile(getattr(rssm, name), dynamic=False))
         self.autocast = lambda: torch.autocast(self.device.type, torch.bfloat16, enabled=args.amp)
 
     def layout(self):
@@ -760,7 +768,7 @@ class Graph:
     def __call__(self, *inputs):
         if self.plain > 0:
             self.plain -= 1
-            return self.function(*inputs)
+            return self.function(*tree_map(torch.clone, inputs))
         if not self.graph:
             self.inputs, self.graph = tree_map(torch.clone, inputs), torch.cuda.CUDAGraph()
             with torch.cuda.graph(self.graph):
