@@ -22,11 +22,10 @@ def precision():
     torch.set_float32_matmul_precision(before)
 
 
-def equal(mine, plain, kind):
+def equal(plain, mine, kind):
     """Sums are taken in another order in every call, and bfloat16 rounds what they give."""
-    tolerance = dict(rtol=1e-3, atol=1e-4) if kind == "plain" else dict(rtol=0.05, atol=0.02)
-    for key in plain:
-        torch.testing.assert_close(mine[key], plain[key], **tolerance, msg=lambda text, key=key: f"{key}: {text}")
+    rtol, atol = (1e-3, 1e-4) if kind == "plain" else (0.05, 0.02)
+    torch.testing.assert_close(mine, plain, rtol=rtol, atol=atol)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -47,12 +46,9 @@ def test_captured_updates_and_actions_are_the_plain_ones(ported, kind, action, t
             out = update(new)
             row[f"update {i}"] = tree_map(torch.clone, out[1] if isinstance(out, tuple) else out)
             carry = act({key: new[key][:, i] for key in (*SPACES, "is_first")}, carry)
-            row[f"action {i}"] = {str(i): x.clone() for i, x in enumerate(carry)}
-        row["parameters"] = agent.state_dict()
-        row["optimizer"] = {str(i): x for i, x in enumerate(agent.optimizer_state())}
-        results.append(row)
-    for key in results[0]:
-        equal(results[1][key], results[0][key], kind)
+            row[f"action {i}"] = [x.clone() for x in carry]
+        results.append(row | {"parameters": agent.state_dict(), "optimizer": agent.optimizer_state()})
+    equal(*results, kind)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -70,10 +66,8 @@ def test_genies_captured_updates_are_the_plain_ones(kind):
             update = graph(lambda video, agent=agent, stage=stage: agent.update(stage, video), device)
             for i in range(6):
                 row[f"stage {stage}, update {i}"] = tree_map(torch.clone, update(video.roll(i, 0)))
-        row["parameters"] = agent.state_dict()
-        results.append(row)
-    for key in results[0]:
-        equal(results[1][key], results[0][key], kind)
+        results.append(row | {"parameters": agent.state_dict()})
+    equal(*results, kind)
 
 
 MORE = {"genie": ("--steps", 9), "worldmodels_v1": ("--iterations", 2)}

@@ -4,12 +4,14 @@ A GPU may not be there, but whatever would wait for one (`.item()`, shapes that 
 """
 
 import contextlib
+from functools import partial
+from types import SimpleNamespace
 
 import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from conftest import SPACES, checkpoint, metrics, tiny, train
+from conftest import SPACES, agent_and_batch, checkpoint, metrics, tiny, train
 from torch.utils._pytree import tree_map
 
 
@@ -36,14 +38,10 @@ def test_acting_and_updates_wait_for_no_value(ported, actions):
 def test_genies_updates_and_frames_wait_for_no_value(monkeypatch):
     import genie
 
-    class Fixed:  # PyTorch's own has checks of numbers when it is made
-        def __init__(self, params, lr, **_):
-            self.param_groups = [{"params": list(params), "lr": lr}]
+    def fixed(params, lr, **_):  # PyTorch's own has checks of numbers when it is made
+        return SimpleNamespace(param_groups=[{"params": list(params), "lr": lr}], step=lambda: None)
 
-        def step(self):
-            pass
-
-    monkeypatch.setattr(torch.optim, "AdamW", Fixed)
+    monkeypatch.setattr(torch.optim, "AdamW", fixed)
     args = genie.parse_args(tiny(genie))
     agent = genie.Agent(args, "meta")
     shape = args.batch_size, args.clip_length, args.image_size, args.image_width, 3
@@ -52,6 +50,19 @@ def test_genies_updates_and_frames_wait_for_no_value(monkeypatch):
     agent.update(1, video)
     ids, action = agent.infer(video)
     assert agent.generate(ids[:, :-1], action[:, : ids.shape[1] - 1]).shape == ids[:, 0].shape
+
+
+def test_plain_calls_compile_all_that_is_captured(ported, monkeypatch, tmp_path):
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    args = ported.parse_args([*tiny(ported), "--compile"])
+    agent, data = agent_and_batch(ported, args, SPACES, gym.spaces.Box(-1, 1, (2,)), tmp_path)
+    obs = {key: data[key][:, 0] for key in (*SPACES, "is_first")}
+    for function, inputs in (agent.act, (obs, agent.initial(args.batch_size))), (agent.update, (data,)):
+        graph = ported.Graph(function, agent.device)
+        for _ in range(3):
+            graph(*inputs)
+        with torch.compiler.set_stance("fail_on_recompile"):  # which would end the capture
+            function(*tree_map(torch.clone, inputs))
 
 
 class InPlace:

@@ -38,6 +38,7 @@ from conftest import (
 slow = pytest.mark.slow
 TOY = ["--env-id", "toy_envs:Vector-v0"]  # whose rewards count the steps of its episodes of 20
 TWO_IMAGES = ["--env-id", "toy_envs:Image-v0", "--num-envs", 2]
+BALANCE = "--env-id dmc-cartpole-balance --action-repeat 2 --num-envs 1 --obs state --time-limit 40".split()
 NOW = ["--save-every", 1]
 
 
@@ -123,10 +124,7 @@ def batches(new_house, monkeypatch):
         TOY,
         ["--env-id", "CartPole-v1", "--num-envs", 3],
         pytest.param([*TWO_IMAGES, "--amp"], marks=slow),
-        pytest.param(
-            "--env-id dmc-cartpole-balance --action-repeat 2 --num-envs 1 --obs state --time-limit 40".split(),
-            marks=slow,
-        ),
+        pytest.param(BALANCE, marks=slow),
     ],
 )
 def test_two_resumes_of_one_run_are_the_same_to_the_bit(ported, flags, tmp_path):
