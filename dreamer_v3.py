@@ -152,9 +152,9 @@ def parse_args(argv=None):
     text = "\n".join([__doc__, "Presets by suite:", *(f"    {suite}: {preset}" for suite, preset in PRESETS.items())])
     args = tyro.cli(Args, args=argv, description=text)
     suite = re.split("[-:/]", args.env_id)[0].rpartition(".")[2].lower()
-    given, run = PRESETS.get(suite, {}), args.resume or args.evaluate
+    given, run = PRESETS.get(suite, {}), args.evaluate if args.resume is None else args.resume
     given = given | PRESETS.get(f"{suite}-{args.obs or given.get('obs')}", {})
-    if run:
+    if run is not None:
         path = Path(run, "args.json")
         given = json.loads(path.read_text() if path.exists() else "{}") | dict(resume=None, evaluate=None)
         if given.pop("script", None) != Args.exp_name or given.keys() - vars(Args()).keys():
@@ -164,7 +164,8 @@ def parse_args(argv=None):
     args.env_kwargs = args.env_kwargs or given.get("env_kwargs", {})  # as a default, tyro would make a flag of each
     width = WIDTHS[args.size]
     widths = dict(deter=8 * width, hidden=width, classes=width // 16, depth=width // 16, units=width)
-    vars(args).update({name: value for name, value in widths.items() if getattr(args, name) is None})
+    other = run is not None and args.size != given["size"]  # than the run has: it will be refused
+    vars(args).update({name: value for name, value in widths.items() if other or getattr(args, name) is None})
     for name, value in vars(args).items():
         least = 0 if type(value) is float or name in ("seed", "eval_every", "warmup") else 1 + (name == "batch_length")
         if type(value) in (int, float) and not least <= value < math.inf:
@@ -197,7 +198,7 @@ class EpisodeLog(gym.Wrapper):
 
     def step(self, action):
         *step, info = super().step(action)
-        new = {"success": info.get("success", info.get("is_success"))} | info.get("log", {})
+        new = {"success": info.get("success", info.get("is_success"))} | (info.get("log") or {})
         self.log |= {key: max(float(x), self.log.get(key, -math.inf)) for key, x in new.items() if x is not None}
         return *step, {"log": self.log}
 
@@ -209,7 +210,7 @@ class DictObservation(gym.ObservationWrapper):
         super().__init__(env)
         self.keys, spaces = {}, {}
         for key, part in env.observation_space.items():
-            name = f"{key}_" if key in ("reward", "action", "deter", "stoch", "count", *FLAGS) else key
+            name = f"{key}_" if key in ("", "reward", "action", "deter", "stoch", "count", *FLAGS) else str(key)
             self.keys[name] = key
             if not isinstance(part, VECTORS):
                 gym.logger.warn(f"the observation {key!r} is left out, it is no image and no vector: {part}")
@@ -244,8 +245,8 @@ def make_env(args, video=None):
     os.environ.setdefault("LP_NUM_THREADS", "0")  # rendering in software: one core for each environment
     suite, _, task = args.env_id.partition("-")
     size, repeat, pixels = args.image_size, args.action_repeat, args.obs in ("pixels", "both")
-    options = args.env_kwargs | dict(max_episode_steps=args.time_limit, disable_env_checker=True)
-    options |= {"render_mode": "rgb_array"} if pixels or video else {}
+    options = dict(max_episode_steps=args.time_limit, disable_env_checker=True) | args.env_kwargs
+    options |= {"render_mode": "rgb_array"} if pixels or args.capture_video else {}
     if suite == "dmc":
         options["render_kwargs"] = dict(width=size, height=size, camera_id=2 if task.startswith("quadruped") else 0)
         env = gym.make(f"shimmy:dm_control/{re.sub('^cup', 'ball_in_cup', task)}-v0", **options)
@@ -631,19 +632,18 @@ class RSSM(nn.Module):
     def observe(self, embed, action, is_first, start):
         """Embed (B, T, E), action (B, T, A) that led to each step, is_first (B, T), state before -> posterior states:
         deter (B, T, D), stoch (B, T, S, K), post (B, T, S, K)."""
-        state, steps = start, []
-        for inputs in zip(action.split(8, 1), embed.split(8, 1), is_first.split(8, 1), strict=True):
-            state, more = self.obs_steps(state, *inputs)
-            steps += more
+        steps = []
+        for inputs in zip(action.split(8, 1), embed.split(8, 1), is_first.split(8, 1), strict=True):  # 16 gain nothing
+            steps += self.obs_steps(steps[-1][:2] if steps else start, *inputs)
         return tuple(torch.stack(x, 1) for x in zip(*steps, strict=True))
 
     def obs_steps(self, state, action, embed, is_first):
-        """Several calls of obs_step, compiled as one: inputs (B, T, ...) -> last state, [(deter, stoch, post), ...]."""
+        """A few calls of obs_step, compiled as one function: inputs (B, T, ...) -> [(deter, stoch, post), ...]."""
         steps = []
         for inputs in zip(action.unbind(1), embed.unbind(1), is_first.unbind(1), strict=True):
             state, post = self.obs_step(state, *inputs)
             steps.append((*state, post))
-        return state, steps
+        return steps
 
     def imagine(self, start, policy, horizon):
         """What follows a state under a policy, feat (N, F) -> action (N, A): feat (N, P, F), action (N, H, A)."""
@@ -835,11 +835,10 @@ class Agent(nn.Module):
         self.trained = [p for p in self.parameters() if p.requires_grad]
         self.optimizer = LaProp(self.trained, args)
         if args.compile:  # but a decoder whose first map is one pixel would fail on a GPU: PyTorch issue 171622
-            model, actor = self.world_model, self.behaviour.actor
-            modules = [model.encoder, actor.layers] + ([model.decoder] if args.image_size > 16 else [])
-            parts = [(model.rssm, name) for name in ("obs_step", "obs_steps", "img_step")]
-            for part, name in [*parts, (actor, "sample")] + [(x, "forward") for x in modules]:
-                setattr(part, name, torch.compile(getattr(part, name), dynamic=False))
+            model, rssm, actor = self.world_model, self.world_model.rssm, self.behaviour.actor
+            more = [model.encoder.forward] + ([model.decoder.forward] if args.image_size > 16 else [])
+            for method in (rssm.obs_step, rssm.obs_steps, rssm.img_step, actor.sample, actor.layers.forward, *more):
+                setattr(method.__self__, method.__name__, torch.compile(method, dynamic=False))
         self.autocast = lambda: torch.autocast(self.device.type, torch.bfloat16, enabled=args.amp)
 
     def layout(self):
@@ -910,7 +909,7 @@ class Graph:
     def __call__(self, *inputs):
         if self.plain > 0:
             self.plain -= 1
-            return self.function(*tree_map(torch.clone, inputs))
+            return self.function(*tree_map(torch.clone, inputs))  # clones have the layout that is captured
         if not self.graph:
             self.inputs, self.graph = tree_map(torch.clone, inputs), torch.cuda.CUDAGraph()
             with torch.cuda.graph(self.graph):
@@ -952,7 +951,7 @@ class Dream(gym.Env):
             self.real, _, terminated, truncated, _ = self.env.step(action)
             self.over = terminated or truncated
         action = torch.as_tensor(np.array([action]), device=agent.device)
-        action = F.one_hot(action, agent.action_dim).float() if agent.discrete else action.float()
+        action = F.one_hot(action.long(), agent.action_dim).float() if agent.discrete else action.float().clamp(-1, 1)
         self.state, self.steps = model.rssm.img_step(self.state, action), self.steps + 1
         feat = feature(*self.state)
         reward, ended, cut = model.reward(feat).item(), model.cont(feat).item() < 0.5, self.steps >= self.length
@@ -1029,7 +1028,7 @@ def load(run, agent):
 
 def load_run(args, run):
     """The agent of a run and one of its environments."""
-    env, args.compile = make_env(args), False  # compiling would take longer than it saves
+    env, args.compile = make_envs(args, 1).envs[0], False  # compiling would take longer than it saves
     agent = Agent(args, env.observation_space.spaces, env.action_space, setup(args))
     load(run, agent)
     return agent, env

@@ -161,8 +161,9 @@ def parse_args(argv=None):
     """Command line -> Args: defaults, then --preset or what the run was started with, then the flags."""
     text = "\n".join([__doc__, "Presets:", *(f"    {name}: {preset}" for name, preset in PRESETS.items())])
     args = tyro.cli(Args, args=argv, description=text)
-    given, run = PRESETS[args.preset], args.resume or args.evaluate or args.clone
-    if run:
+    runs = args.resume, args.evaluate, args.clone
+    given, run = PRESETS[args.preset], next((run for run in runs if run is not None), None)
+    if run is not None:
         path = Path(run, "args.json")
         given = json.loads(path.read_text() if path.exists() else "{}") | dict(resume=None, evaluate=None, clone=None)
         if given.pop("script", None) != Args.exp_name or given.keys() - vars(Args()).keys():
@@ -211,7 +212,7 @@ class EpisodeLog(gym.Wrapper):
 
     def step(self, action):
         *step, info = super().step(action)
-        new = {"success": info.get("success", info.get("is_success"))} | info.get("log", {})
+        new = {"success": info.get("success", info.get("is_success"))} | (info.get("log") or {})
         self.log |= {key: max(float(x), self.log.get(key, -math.inf)) for key, x in new.items() if x is not None}
         return *step, {"log": self.log}
 
@@ -223,7 +224,7 @@ class DictObservation(gym.ObservationWrapper):
         super().__init__(env)
         self.keys, spaces = {}, {}
         for key, part in env.observation_space.items():
-            name = f"{key}_" if key in ("reward", "action", "deter", "stoch", "count", *FLAGS) else key
+            name = f"{key}_" if key in ("", "reward", "action", "deter", "stoch", "count", *FLAGS) else str(key)
             self.keys[name] = key
             if not isinstance(part, VECTORS):
                 gym.logger.warn(f"the observation {key!r} is left out, it is no image and no vector: {part}")
@@ -258,8 +259,8 @@ def make_env(args, video=None):
     os.environ.setdefault("LP_NUM_THREADS", "0")  # rendering in software: one core for each environment
     suite, _, task = args.env_id.partition("-")
     size, repeat, pixels = args.image_size, args.action_repeat, args.obs in ("pixels", "both")
-    options = args.env_kwargs | dict(max_episode_steps=args.time_limit, disable_env_checker=True)
-    options |= {"render_mode": "rgb_array"} if pixels or video else {}
+    options = dict(max_episode_steps=args.time_limit, disable_env_checker=True) | args.env_kwargs
+    options |= {"render_mode": "rgb_array"} if pixels or args.capture_video else {}
     if suite == "dmc":
         options["render_kwargs"] = dict(width=size, height=size, camera_id=2 if task.startswith("quadruped") else 0)
         env = gym.make(f"shimmy:dm_control/{re.sub('^cup', 'ball_in_cup', task)}-v0", **options)
@@ -935,7 +936,7 @@ class Graph:
     def __call__(self, *inputs):
         if self.plain > 0:
             self.plain -= 1
-            return self.function(*tree_map(torch.clone, inputs))
+            return self.function(*tree_map(torch.clone, inputs))  # clones have the layout that is captured
         if not self.graph:
             self.inputs, self.graph = tree_map(torch.clone, inputs), torch.cuda.CUDAGraph()
             with torch.cuda.graph(self.graph):

@@ -169,12 +169,12 @@ def parse_args(argv=None):
     text = "\n".join([__doc__, "Presets by suite:", *(f"    {suite}: {preset}" for suite, preset in PRESETS.items())])
     args = tyro.cli(Args, args=argv, description=text)
     suite = re.split("[-/]", args.env_id.rpartition(":")[2])[0].lower()
-    given, run = dict(obs="pixels") | PRESETS.get(suite, {}), args.resume or args.evaluate
+    given, run = dict(obs="pixels") | PRESETS.get(suite, {}), args.evaluate if args.resume is None else args.resume
     if args.quick and not run:
         if f"{suite}-quick" not in PRESETS:
             sys.exit(f"--quick: there is no small preset for {args.env_id}")
         given |= PRESETS[f"{suite}-quick"] | (PRESETS[f"{suite}-dream"] if args.iterations > 1 else {})
-    if run:
+    if run is not None:
         path = Path(run, "args.json")
         given = json.loads(path.read_text() if path.exists() else "{}") | dict(resume=None, evaluate=None)
         if given.pop("script", None) != Args.exp_name or given.keys() - vars(Args()).keys():
@@ -220,7 +220,7 @@ class EpisodeLog(gym.Wrapper):
 
     def step(self, action):
         *step, info = super().step(action)
-        new = {"success": info.get("success", info.get("is_success"))} | info.get("log", {})
+        new = {"success": info.get("success", info.get("is_success"))} | (info.get("log") or {})
         self.log |= {key: max(float(x), self.log.get(key, -math.inf)) for key, x in new.items() if x is not None}
         return *step, {"log": self.log}
 
@@ -232,7 +232,7 @@ class DictObservation(gym.ObservationWrapper):
         super().__init__(env)
         self.keys, spaces = {}, {}
         for key, part in env.observation_space.items():
-            name = f"{key}_" if key in ("reward", "action", "deter", "stoch", "count", *FLAGS) else key
+            name = f"{key}_" if key in ("", "reward", "action", "deter", "stoch", "count", *FLAGS) else str(key)
             self.keys[name] = key
             if not isinstance(part, VECTORS):
                 gym.logger.warn(f"the observation {key!r} is left out, it is no image and no vector: {part}")
@@ -267,8 +267,8 @@ def make_env(args, video=None):
     os.environ.setdefault("LP_NUM_THREADS", "0")  # rendering in software: one core for each environment
     suite, _, task = args.env_id.partition("-")
     size, repeat, pixels = args.image_size, args.action_repeat, args.obs in ("pixels", "both")
-    options = args.env_kwargs | dict(max_episode_steps=args.time_limit, disable_env_checker=True)
-    options |= {"render_mode": "rgb_array"} if pixels or video else {}
+    options = dict(max_episode_steps=args.time_limit, disable_env_checker=True) | args.env_kwargs
+    options |= {"render_mode": "rgb_array"} if pixels or args.capture_video else {}
     if suite == "dmc":
         options["render_kwargs"] = dict(width=size, height=size, camera_id=2 if task.startswith("quadruped") else 0)
         env = gym.make(f"shimmy:dm_control/{re.sub('^cup', 'ball_in_cup', task)}-v0", **options)
@@ -933,7 +933,7 @@ class Dream(gym.Env):
             self.real, _, terminated, truncated, _ = self.env.step(action)
             self.over = terminated or truncated
         action = torch.as_tensor(np.array([action]), device=agent.device)
-        action = F.one_hot(action, agent.action_dim).float() if agent.discrete else action.float()
+        action = F.one_hot(action.long(), agent.action_dim).float() if agent.discrete else action.float().clamp(-1, 1)
         self.state, self.steps = model.rssm.img_step(self.state, action), self.steps + 1
         feat = feature(*self.state)
         reward, ended, cut = model.reward(feat).item(), model.cont(feat).item() < 0.5, self.steps >= self.length

@@ -108,8 +108,10 @@ def test_numbers_out_of_range_are_refused(house, refused, tmp_path, monkeypatch)
         ("--env-id dmc-walker-fly", "walker-fly"),
         ("--env-id atari-pongg", "ongg"),
         ("--env-id NoSuchThing-v0", "NoSuchThing"),
-        ("--env-id no_such_module:Thing-v0", "no_such_module"),
         ("--env-id toy_envs:BadAction-v0", "MultiDiscrete"),
+        ("--env-id toy_envs:NoRender-v0 --capture-video", "render_mode"),
+        ("--seed 1 --evaluate=", "is no run"),
+        ("--resume nowhere", "nowhere is no run"),
     ],
 )
 def test_what_cannot_be_is_refused_in_one_line(ported, refused, flags, word, tmp_path, monkeypatch):
@@ -131,7 +133,7 @@ def test_without_opengl(ported, tmp_path):
     run_script(ported, *flags, "--obs", "state", **settings)
 
 
-def test_arguments_are_saved_and_come_back(ported, tmp_path, monkeypatch):
+def test_arguments_are_saved_and_come_back(ported, refused, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     flags = "--env-id toy_envs:Vector-v0 --total-timesteps 60 --exp-name mine --seed 5 --run-dir elsewhere "
     flags = [*(flags + "--time-limit 15 --env-kwargs length 12 truncate True").split(), *tiny(ported)]
@@ -144,6 +146,7 @@ def test_arguments_are_saved_and_come_back(ported, tmp_path, monkeypatch):
         assert dataclasses.replace(again, **{option: None}) == given and getattr(again, option) == str(run)
     again = ported.parse_args(["--resume", str(run), "--log-every", "7", "--env-kwargs", "length", "9"])
     assert (again.log_every, again.env_kwargs) == (7, {"length": 9})
+    assert "no_such_module" in refused(ported, "--evaluate", run, "--env-id", "no_such_module:Thing-v0")
 
 
 @pytest.mark.parametrize("env_id", ["toy_envs:Image-v0", "toy_envs:Vector-v0"])

@@ -34,6 +34,7 @@ def test_captured_updates_and_actions_are_the_plain_ones(ported, kind, action, t
     if ported.__name__ == "planet" and isinstance(action, gym.spaces.Discrete):
         pytest.skip("PlaNet's actions are continuous")
     args = ported.parse_args([*(flag for flag in tiny(ported) if flag not in GPU), *KINDS[kind].split()])
+    args.batch_length = 10  # obs_steps has eight and two
     device, results = ported.setup(args), []
     for name in ("plain", "graph"):
         agent, data = agent_and_batch(ported, args, SPACES, action, tmp_path / name, device)

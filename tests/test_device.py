@@ -8,7 +8,6 @@ from functools import partial
 from types import SimpleNamespace
 
 import gymnasium as gym
-import numpy as np
 import pytest
 import torch
 from conftest import SPACES, agent_and_batch, checkpoint, metrics, tiny, train
@@ -21,13 +20,10 @@ def no_autocast(monkeypatch):
 
 
 @pytest.mark.parametrize("actions", [gym.spaces.Discrete(3), gym.spaces.Box(-1, 1, (2,))], ids=["discrete", "box"])
-def test_acting_and_updates_wait_for_no_value(ported, actions):
+def test_acting_and_updates_wait_for_no_value(ported, actions, tmp_path):
     args = ported.parse_args(tiny(ported))
-    agent = ported.Agent(args, SPACES, actions, "meta")
-    layout, data = agent.layout(), {}
-    for key in layout.names:
-        shape = (args.batch_size, args.batch_length)[: 1 if key in ("deter", "stoch") else 2]
-        data[key] = torch.from_numpy(np.zeros(shape, layout[key])).to("meta")
+    agent, data = agent_and_batch(ported, args, SPACES, actions, tmp_path, "meta")
+    data = {key: value.to("meta") for key, value in data.items()}
     agent.update(data)
     carry = agent.initial(args.batch_size)
     for _ in range(2):
@@ -54,7 +50,7 @@ def test_genies_updates_and_frames_wait_for_no_value(monkeypatch):
 
 def test_plain_calls_compile_all_that_is_captured(ported, monkeypatch, tmp_path):
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
-    args = ported.parse_args([*tiny(ported), "--compile"])
+    args = ported.parse_args([*tiny(ported), "--compile", "--batch-length", "10"])
     agent, data = agent_and_batch(ported, args, SPACES, gym.spaces.Box(-1, 1, (2,)), tmp_path)
     obs = {key: data[key][:, 0] for key in (*SPACES, "is_first")}
     for function, inputs in (agent.act, (obs, agent.initial(args.batch_size))), (agent.update, (data,)):

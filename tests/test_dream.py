@@ -32,7 +32,7 @@ def test_dreams_are_reproducible(world):
 
     def frames(seed):
         first, info = dream.reset(seed=seed)
-        steps = [dream.step(t % 2) for t in range(8)]
+        steps = [dream.step(np.uint8(t % 2)) for t in range(8)]
         return [first["image"], info["real"]["image"]] + [step[0]["image"] for step in steps], [s[1] for s in steps]
 
     one, two, other = frames(3), frames(3), frames(4)
@@ -78,6 +78,18 @@ def test_open_loop_sees_only_the_context(ported, tmp_path):
     changed = dreamt(action=moved)
     np.testing.assert_array_equal(changed[:5], whole[:5])
     assert (changed[5] != whole[5]).any(), "actions have no effect"
+
+
+def test_a_sequence_is_its_steps_one_after_another(ported):
+    rssm, T = ported.RSSM(ported.parse_args(tiny(ported)), 6, 2).apply(ported.initialise), 19
+    embed, action, first = torch.randn(3, T, 6), torch.randn(3, T, 2, requires_grad=True), torch.zeros(3, T)
+    torch.manual_seed(1)
+    whole, state = rssm.observe(embed, action, first, rssm.initial(3)), rssm.initial(3)
+    torch.manual_seed(1)
+    for inputs in zip(action.unbind(1), embed.unbind(1), first.unbind(1), strict=True):
+        state, _ = rssm.obs_step(state, *inputs)
+    assert all(torch.equal(a[:, -1], b) for a, b in zip(whole[:2], state, strict=True))
+    assert torch.autograd.grad(whole[0][:, -1].sum(), action)[0][:, 0].all()
 
 
 def test_the_video_is_in_the_log(ported, tmp_path):

@@ -290,6 +290,7 @@ def test_action_repeat_sums_rewards_and_stops_at_the_end(repeat):
     "flags, steps",
     [
         ("toy_envs:Vector-v0 --time-limit 12", 12),
+        ("toy_envs:Vector-v0 --env-kwargs max_episode_steps 12", 12),
         ("toy_envs:Vector-v0 --action-repeat 3 --time-limit 12", 4),
         ("dmc-cartpole-balance --obs state --time-limit 12", 6),
         ("dmc-cartpole-balance --obs state", 500),
