@@ -1171,7 +1171,7 @@ def train(args):
     envs.close()
     bar.close()
     writer.close()
-    print(f"{'stopped' if stop else 'done'} at frame {frame} after {updates} updates, saved: --resume {run}")
+    print(f"{'stopped' if stop or ending else 'done'} at frame {frame} after {updates} updates, saved: --resume {run}")
     if stop:
         sys.exit(128 + stop[0])
 
