@@ -25,6 +25,9 @@ def test_a_dream_is_a_gymnasium_environment(world, env_id):
     action = dream.policy()
     assert dream.action_space.contains(action) or isinstance(dream.action_space, gym.spaces.Discrete)
     dream.step(action)
+    if not isinstance(dream.action_space, gym.spaces.Discrete):  # and 7 is as much as 1
+        rewards = [(dream.reset(seed=1), dream.step(np.full(3, x, np.float32)))[1][1] for x in (1, 7)]
+        assert rewards[0] == rewards[1]
 
 
 def test_dreams_are_reproducible(world):
