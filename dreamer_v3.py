@@ -57,6 +57,7 @@ import gymnasium as gym
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.distributed.nn  # now, since its defaults would keep a process group that exists, beyond its end
 import torch.nn.functional as F
 import tyro
 from PIL import Image

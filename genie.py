@@ -19,8 +19,7 @@ queries and keys (paper: in the dynamics); codes and what is matched to them hav
 one that nothing uses is put where an output of the encoder is; the LAM's decoder predicts how its last frame changes,
 in units of how much it changes; the dynamics' loss is on masked tokens alone; MaskGIT keeps the likeliest of its draws,
 at one temperature; ΔtPSNR starts from all but four frames of a clip. The paper's parameter counts leave next to no room
-for feed-forward layers: --ffn 0.5 fits them. The tokenizer of --preset tiny has an encoder without transformer: a token
-says what its own patch shows, which the dynamics learn in a few thousand updates.
+for feed-forward layers: --ffn 0.5 fits them. The tokenizer's encoder of --preset tiny sees each patch by itself.
 
 Shapes: B batch, T time, L = T - 1, N tokens of a frame, P patches of a frame of the LAM, V codes of a token, A latent
 actions, C width of a model, D width of a code, E numbers in a patch. Videos are uint8, (B, T, height, width, 3).
@@ -48,6 +47,7 @@ import gymnasium as gym
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.distributed.nn  # now, since its defaults would keep a process group that exists, beyond its end
 import torch.nn.functional as F
 import tyro
 from PIL import Image, ImageOps
