@@ -768,7 +768,7 @@ def test_learns_the_actions_of_a_world(tmp_path):
         os.mkdir(tmp_path / str(seed))
         run_script(s, *flags.split(), "--seed", seed, cwd=tmp_path / str(seed), timeout=3000)
         values = {key: row[-1][1] for key, row in scalars(only_run(tmp_path / str(seed))).items()}
-        moves, codes = math.log(5), math.log(values["eval/lam_perplexity"])  # entropies: the information is in their mean
+        moves, codes = math.log(5), math.log(values["eval/lam_perplexity"])  # entropies: it is in their mean
         if values["eval/action_information"] * (moves + codes) / 2 / moves > 0.9:
             return
     raise AssertionError(json.dumps(values))
