@@ -762,13 +762,9 @@ def test_learns_the_actions_of_a_world(tmp_path):
     flags += "--clip-length 4 --context 3 --num-codes 32 --num-actions 8 --latent-dim 16 --lam-encoder 2 64 4 16 "
     flags += "--lam-decoder 2 64 4 16 --encoder 1 32 2 16 --decoder 1 32 2 16 --dynamics 1 32 2 16 --lam-change "
     flags += "--lam-centre --lam-shift 1 --tokenizer-steps 100 --steps 1500 --tokenizer-batch-size 16 --batch-size 32 "
-    flags += "--ffn 4 --learning-rate 2e-3 --final-rate 2e-5 --eval-every 100000000 --eval-episodes 128 "
+    flags += "--ffn 4 --learning-rate 1e-3 --final-rate 1e-5 --eval-every 100000000 --eval-episodes 128 "
     flags += "--no-cuda --no-amp"
-    for seed in (1, 2):  # rounding, which differs between machines, decides whether a seed merges two moves
-        os.mkdir(tmp_path / str(seed))
-        run_script(s, *flags.split(), "--seed", seed, cwd=tmp_path / str(seed), timeout=3000)
-        values = {key: row[-1][1] for key, row in scalars(only_run(tmp_path / str(seed))).items()}
-        moves, codes = math.log(5), math.log(values["eval/lam_perplexity"])  # entropies: it is in their mean
-        if values["eval/action_information"] * (moves + codes) / 2 / moves > 0.9:
-            return
-    raise AssertionError(json.dumps(values))
+    run_script(s, *flags.split(), cwd=tmp_path, timeout=3000)
+    values = {key: row[-1][1] for key, row in scalars(only_run(tmp_path)).items()}
+    moves, codes = math.log(5), math.log(values["eval/lam_perplexity"])  # entropies: the information is in their mean
+    assert values["eval/action_information"] * (moves + codes) / 2 / moves > 0.9, json.dumps(values)
