@@ -380,8 +380,8 @@ def test_trouble_in_an_evaluation_loses_nothing(new_house, trouble, tmp_path):
 @slow
 def test_an_environment_process_that_is_killed(new_house, tmp_path):
     process = start(new_house, tmp_path, *TWO_IMAGES)
-    session = subprocess.run(["pgrep", "-s", str(process.pid)], capture_output=True, text=True).stdout.split()
-    os.kill(max(map(int, session)), signal.SIGKILL)  # the youngest
+    newest = subprocess.run(["pgrep", "--newest", "--session", str(process.pid)], capture_output=True, text=True)
+    os.kill(int(newest.stdout), signal.SIGKILL)
     process.communicate(timeout=60)
     assert process.returncode == 1
     go_on(new_house, only_run(tmp_path))
