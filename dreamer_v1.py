@@ -318,7 +318,7 @@ class Replay:
         self.begun[step["is_first"]] = self.count
         self.count += 1
         lengths = self.count - self.begun
-        whole = step["is_last"] & (lengths > self.length)  # the authors' code: it has as many actions as are drawn
+        whole = step["is_last"] & (lengths > self.length)  # the authors' code: the reset does not count
         ended = np.stack([self.begun, lengths, np.arange(self.num_envs)], 1)[whole]
         episodes = np.concatenate([self.episodes, ended])
         self.episodes = episodes[episodes[:, 0] >= self.count - self.capacity]  # of which nothing is overwritten
@@ -395,7 +395,7 @@ def lambda_return(reward, cont, next_value, lmbda):
     R_t = r_t + c_t · ((1 - λ) v_t+1 + λ R_t+1), R_T = v_T."""
     interim = reward + cont * (1 - lmbda) * next_value
     returns = [next_value[:, -1]]
-    for t in range(reward.shape[1] - 1, -1, -1):
+    for t in reversed(range(reward.shape[1])):
         returns.append(interim[:, t] + cont[:, t] * lmbda * returns[-1])
     return torch.stack(returns[1:][::-1], 1)
 

@@ -133,9 +133,8 @@ class Args:
     replay_size: int = 2_000_000  # steps that the replay holds
 
 
-ATARI = dict(action_repeat=4, deter=600, hidden=600, kl_scale=0.1, continue_scale=5.0)
-ATARI |= dict(model_rate=2e-4, actor_rate=4e-5, critic_rate=1e-4, entropy_scale=1e-3)
-ATARI |= dict(discount=0.999)  # paper: 0.995
+ATARI = dict(action_repeat=4, deter=600, hidden=600, kl_scale=0.1, continue_scale=5.0, entropy_scale=1e-3)
+ATARI |= dict(model_rate=2e-4, actor_rate=4e-5, critic_rate=1e-4, discount=0.999)  # discount of the paper: 0.995
 PRESETS = {  # by the first word of --env-id
     "dmc": dict(obs="pixels", action_repeat=2, total_timesteps=2_000_000, eval_every=20_000, prefill=1000, pretrain=100)
     | dict(deter=200, hidden=200, tanh_rewards=False, free_nats=1.0, predict_continue=False, prioritise_ends=False)
@@ -295,9 +294,8 @@ def make_envs(args, count, video=None):
 
 class Replay:
     """Ring of steps on disk, one stream for each environment: a memory-mapped array (capacity, envs) of full size.
-    Step t holds observation t, the action that led to it, its reward, its flags, and t: `dtype`.
-    Only complete episodes are drawn from; `ends`: their last sequence more often. `saved`: state of a run that goes on.
-    Exits if the disk is too small or the file does not fit."""
+    Step t holds observation t, the action that led to it, its reward, its flags, and t. Only complete episodes are
+    drawn from. `saved`: state of a run that goes on. Exits if the disk is too small or the file does not fit."""
 
     def __init__(self, path, dtype, num_envs, capacity, length, saved=None, ends=False):
         self.num_envs, self.length, self.capacity, self.count, self.ends = num_envs, length, capacity, 0, ends
@@ -330,7 +328,7 @@ class Replay:
         self.begun[step["is_first"]] = self.count
         self.count += 1
         lengths = self.count - self.begun
-        whole = step["is_last"] & (lengths > self.length)  # the authors' code: it has as many actions as are drawn
+        whole = step["is_last"] & (lengths > self.length)  # the authors' code: the reset does not count
         ended = np.stack([self.begun, lengths, np.arange(self.num_envs)], 1)[whole]
         episodes = np.concatenate([self.episodes, ended])
         self.episodes = episodes[episodes[:, 0] >= self.count - self.capacity]  # of which nothing is overwritten
@@ -341,7 +339,7 @@ class Replay:
 
     def sample(self, batch_size, rng, device):
         """Sequences, key -> tensor (B, T, ...), each as if it were an episode's start.
-        They are drawn uniformly over episodes, then over the steps where they can begin."""
+        Episodes are drawn uniformly, then steps where a sequence can begin; with `ends`, the last step more often."""
         begun, lengths, env = self.episodes[rng.integers(len(self.episodes), size=batch_size)].T
         last = lengths - self.length
         begun = begun + np.minimum(rng.integers(last + 1 + self.ends * self.length), last)
@@ -440,7 +438,7 @@ def lambda_return(reward, cont, next_value, lmbda):
     R_t = r_t + c_t · ((1 - λ) v_t+1 + λ R_t+1), R_T = v_T."""
     interim = reward + cont * (1 - lmbda) * next_value
     returns = [next_value[:, -1]]
-    for t in range(reward.shape[1] - 1, -1, -1):
+    for t in reversed(range(reward.shape[1])):
         returns.append(interim[:, t] + cont[:, t] * lmbda * returns[-1])
     return torch.stack(returns[1:][::-1], 1)
 
@@ -738,15 +736,13 @@ class Behaviour(nn.Module):
             returns = lambda_return(reward[:, :-1], cont[:, :-1], slow_value[:, 1:], lmbda)  # (N, H)
         torch.clear_autocast_cache()  # which holds copies of the actor's weights that were made without gradient
         weight = F.pad(cont[:, :-1].detach(), (1, 0), value=1.0).cumprod(1)  # (N, P)
-        # the action at t earns what follows it: the return of t + 1, which starts with the reward of t + 1
+        # Eq. 6: the action at t earns what follows it: the return of t + 1, which starts with the reward of t + 1
         policy = actor(imag_feat[:, :-2].detach())
         entropy = policy.entropy()  # (N, L)
-        objective = target = returns[:, 1:]  # (N, L)
-        advantage = (target - slow_value[:, :-2]).detach()  # (N, L)
-        if self.actor_gradient != "dynamics":
-            objective = policy.log_prob(imag_action[:, :-1]) * advantage  # (N, L)
-        if self.actor_gradient == "both":  # a continuous action has a gradient in log_prob too: so in the authors' code
-            objective = args.actor_gradient_mix * target + (1 - args.actor_gradient_mix) * objective  # (N, L)
+        advantage = (returns[:, 1:] - slow_value[:, :-2]).detach()  # (N, L)
+        mix = {"reinforce": 0.0, "dynamics": 1.0, "both": args.actor_gradient_mix}[self.actor_gradient]  # paper: 1 - ρ
+        # both: a continuous action has a gradient in log_prob too, as in the authors' code
+        objective = mix * returns[:, 1:] + (1 - mix) * policy.log_prob(imag_action[:, :-1]) * advantage  # (N, L)
         losses = {"actor_loss": -weight[:, :-2] * (objective + args.entropy_scale * entropy)}
         value = self.critic(imag_feat[:, :-1].detach()).squeeze(-1)  # (N, H)
         losses["critic_loss"] = weight[:, :-1] * normal_loss(value, returns.detach())  # (N, H)

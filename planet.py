@@ -403,8 +403,8 @@ class MLP(nn.Sequential):
     """`count` times Linear and ReLU or ELU and, if `out` is given, an output: (..., inp) -> (..., units or out)."""
 
     def __init__(self, inp, units, count, out=None, activation="relu"):
-        sizes, function = [inp] + [units] * count, nn.ELU if activation == "elu" else nn.ReLU
-        layers = [nn.Sequential(nn.Linear(*x), function(inplace=True)) for x in pairwise(sizes)]
+        function = nn.ELU if activation == "elu" else nn.ReLU
+        layers = [nn.Sequential(nn.Linear(*x), function(inplace=True)) for x in pairwise([inp] + [units] * count)]
         super().__init__(*layers, *([Output(units, out)] if out else []))
 
 
@@ -616,9 +616,9 @@ class WorldModel(nn.Module):
 
 
 def plan(objective, shape, iterations, elites, device):
-    """Cross-entropy method, Algorithm 2 (arXiv:1811.04551v5) -> mean of the last distribution of plans (N, H, A)."""
-    # shape is that of the candidates, (N, J, H, A), of which the objective gives the returns (N, J); as in the authors'
-    # code, they are clipped before they are evaluated and the deviation is the standard one (paper: the mean absolute)
+    """Cross-entropy method, Algorithm 2 (arXiv:1811.04551v5) -> mean of the last distribution of plans (N, H, A).
+    The objective gives the returns (N, J) of candidates, whose shape is (N, J, H, A). As in the authors' code, they are
+    clipped before they are evaluated, and the deviation is the standard one (paper: the mean absolute one)."""
     mean, std = 0.0, 1.0
     for _ in range(iterations):
         candidates = (mean + std * torch.randn(shape, device=device)).clamp(-1, 1)  # (N, J, H, A)
@@ -677,7 +677,7 @@ class Agent(nn.Module):
         if args.compile:
             rssm = self.world_model.rssm
             for method in (rssm.obs_step, rssm.obs_steps, rssm.img_step):
-                setattr(rssm, method.__name__, torch.compile(method, dynamic=False))
+                setattr(method.__self__, method.__name__, torch.compile(method, dynamic=False))
         self.autocast = lambda: torch.autocast(self.device.type, torch.bfloat16, enabled=args.amp)
 
     def layout(self):
