@@ -28,7 +28,7 @@ What changed since dreamer_v1.py:
 [C12] Made for games, the control suite is a preset: tanh_rewards, predict_continue, continue_scale, deter, hidden.
 
 Not copied from the authors' code: the episode cut by the prefill's end joined with the next; initial weights of its own
-for the slow critic; an update to create variables; some games' fewer actions (paper: 18); vectors without scalars.
+for the slow critic; an update to create variables; some games' fewer actions (paper: 18); scalars left out.
 
 Shapes: B batch, T time, H imagination horizon, N = B*T starts of imagination, A action, D deter, S stoch variables,
 K classes of each, E embed, F = D + S*K feat, P = H + 1, L = H - 1. Arrays are (B, T, ...). Gaussian variables: K = 1.
@@ -711,9 +711,9 @@ class Behaviour(nn.Module):
         self.actor = Actor(args, feat_dim, action_dim, discrete)
         self.critic = MLP(feat_dim, args.units, 4, 1)
         self.slow_critic = MLP(feat_dim, args.units, 4, 1).requires_grad_(False)
-        replay = args.behaviour_from == "replay"  # which has no gradient of the dynamics
-        gradient = "reinforce" if discrete or replay else "dynamics"
-        self.actor_gradient = gradient if args.actor_gradient == "auto" or replay else args.actor_gradient
+        gradient = "reinforce" if args.behaviour_from == "replay" else args.actor_gradient  # no dynamics in a replay
+        automatic = "reinforce" if discrete else "dynamics"
+        self.actor_gradient = automatic if gradient == "auto" else gradient
 
     def loss(self, world_model, data, deter, stoch, feat):
         """Eq. 4 to 6 (arXiv:2010.02193v4): losses of actor (N, L) and critic (N, H) by name; stats.

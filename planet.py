@@ -499,9 +499,7 @@ class RSSM(nn.Module):
     def sample(self, moments):
         """Mean and deviation (..., S, 2) -> stoch (..., S)."""
         mean, std = moments.unbind(-1)
-        if self.args.dynamics == "rnn":
-            return mean
-        return mean + std * torch.randn_like(std)
+        return mean if self.args.dynamics == "rnn" else mean + std * torch.randn_like(std)
 
     def prior(self, deter):
         """Mean and deviation of stoch before the observation: (..., D) -> (..., S, 2)."""
@@ -580,7 +578,8 @@ class WorldModel(nn.Module):
     def loss(self, data, start):
         """Eq. 3 (arXiv:1811.04551v5) -> losses (B, T) by name; stats.
         data: observations (B, T, ...), action, reward, is_first, is_last, is_terminal."""
-        args, data = self.args, data | {key: preprocess(data[key], self.args.bits) for key in self.encoder.images}
+        args = self.args
+        data = data | {key: preprocess(data[key], args.bits) for key in self.encoder.images}  # noise is drawn once
         embed = self.encoder(data)  # (B, T, E)
         deter, stoch, post = self.rssm.observe(embed, data["action"], data["is_first"], start)
         prior = self.rssm.prior(deter)  # (B, T, S, 2)
