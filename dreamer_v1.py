@@ -390,13 +390,12 @@ def sample_onehot(probs):
 #   return    R_0            R_1            R_2 ... R_T-2       of state t and what follows it: starts with r_0, at R_0
 
 
-def lambda_return(reward, cont, next_value, lmbda):
-    """λ-returns: (N, T) each -> (N, T); Eq. 6 (arXiv:1912.01603v3).
-    R_t = r_t + c_t · ((1 - λ) v_t+1 + λ R_t+1), R_T = v_T."""
-    interim = reward + cont * (1 - lmbda) * next_value
-    returns = [next_value[:, -1]]
-    for t in reversed(range(reward.shape[1])):
-        returns.append(interim[:, t] + cont[:, t] * lmbda * returns[-1])
+def lambda_return(reward, cont, value, lmbda):
+    """λ-returns: (N, T) each -> (N, T - 1); Eq. 6 (arXiv:1912.01603v3).
+    R_t = r_t + c_t · ((1 - λ) v_t+1 + λ R_t+1), R_T-1 = v_T-1."""
+    returns = [value[:, -1]]
+    for t in reversed(range(value.shape[1] - 1)):
+        returns.append(reward[:, t] + cont[:, t] * ((1 - lmbda) * value[:, t + 1] + lmbda * returns[-1]))
     return torch.stack(returns[1:][::-1], 1)
 
 
@@ -681,7 +680,7 @@ class Behaviour(nn.Module):
         cont = world_model.cont(imag_feat)  # (N, H)
         value = self.critic(imag_feat).squeeze(-1) if args.critic else torch.zeros_like(reward)  # (N, H)
         lmbda = args.lmbda if args.critic else 1.0
-        returns = lambda_return(reward[:, :-1], cont[:, :-1], value[:, 1:], lmbda)  # (N, L)
+        returns = lambda_return(reward, cont, value, lmbda)  # (N, L)
         weight = F.pad(cont[:, :-2].detach(), (1, 0), value=1.0).cumprod(1)  # (N, L)
         losses = {"actor_loss": -weight * returns}
         value = self.critic(imag_feat[:, :-1].detach()).squeeze(-1)  # (N, L)

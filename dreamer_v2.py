@@ -433,13 +433,12 @@ class TruncatedNormal(Normal):
 #   return    R_0            R_1            R_2 ... R_H-1       of state t and what follows it: starts with r_0, at R_0
 
 
-def lambda_return(reward, cont, next_value, lmbda):
-    """λ-returns: (N, T) each -> (N, T); Eq. 4 (arXiv:2010.02193v4).
-    R_t = r_t + c_t · ((1 - λ) v_t+1 + λ R_t+1), R_T = v_T."""
-    interim = reward + cont * (1 - lmbda) * next_value
-    returns = [next_value[:, -1]]
-    for t in reversed(range(reward.shape[1])):
-        returns.append(interim[:, t] + cont[:, t] * lmbda * returns[-1])
+def lambda_return(reward, cont, value, lmbda):
+    """λ-returns: (N, T) each -> (N, T - 1); Eq. 4 (arXiv:2010.02193v4).
+    R_t = r_t + c_t · ((1 - λ) v_t+1 + λ R_t+1), R_T-1 = v_T-1."""
+    returns = [value[:, -1]]
+    for t in reversed(range(value.shape[1] - 1)):
+        returns.append(reward[:, t] + cont[:, t] * ((1 - lmbda) * value[:, t + 1] + lmbda * returns[-1]))
     return torch.stack(returns[1:][::-1], 1)
 
 
@@ -733,7 +732,7 @@ class Behaviour(nn.Module):
                     cont = torch.cat([going_on.view(-1, 1), cont[:, 1:]], 1)  # (N, P)
             slow_value = self.slow_critic(imag_feat).squeeze(-1) if args.critic else torch.zeros_like(reward)  # (N, P)
             lmbda = args.lmbda if args.critic else 1.0
-            returns = lambda_return(reward[:, :-1], cont[:, :-1], slow_value[:, 1:], lmbda)  # (N, H)
+            returns = lambda_return(reward, cont, slow_value, lmbda)  # (N, H)
         torch.clear_autocast_cache()  # which holds copies of the actor's weights that were made without gradient
         weight = F.pad(cont[:, :-1].detach(), (1, 0), value=1.0).cumprod(1)  # (N, P)
         # Eq. 6: the action at t earns what follows it: the return of t + 1, which starts with the reward of t + 1

@@ -166,18 +166,16 @@ def test_parity_behaviour(case):
     imagine, compute = calls(agent.world_model.rssm, "imagine"), calls(script, "lambda_return")
     with case.samples(case.noise(1, "imagined")), imagine as imagined, compute as computed:
         losses, stats = behaviour.loss(agent.world_model, data, deter, stoch, feat)
-    ((_, (imag_feat, imag_action)),), (((reward, cont, next_value, _), returns),) = imagined, computed
+    ((_, (imag_feat, imag_action)),), (((reward, cont, value, _), returns),) = imagined, computed
     close(imag_feat, case.feat(read("feat")))
     close(imag_action, read("action")[:, 1:])  # ours: taken at a state, theirs: that led to it
-    close(reward, read("lr_reward"))
-    close(cont, read("discount")[:, :-1])
-    value = behaviour.slow_critic(imag_feat).squeeze(-1)
+    close(reward[:, :-1], read("lr_reward"))
+    close(cont, read("discount"))
     close(value[:, :-1], read("lr_value"))
     close(value[:, :-2], read("baseline"))
-    close(next_value[:, :-1], read("lr_value")[:, 1:])
-    close(next_value[:, -1], golden["step1/imag/bootstrap"])
+    close(value[:, -1], golden["step1/imag/bootstrap"])
     close(returns, read("target"))
-    close(torch.cat([torch.ones_like(cont[:, :1]), cont], 1).cumprod(1), read("weight"))
+    close(torch.cat([torch.ones_like(cont[:, :1]), cont[:, :-1]], 1).cumprod(1), read("weight"))
     policy = behaviour.actor(imag_feat[:, :-2])
     if case.discrete:
         close(policy.logits, tensor(read("policy_logits")).log_softmax(-1).cpu())

@@ -101,8 +101,8 @@ def test_parity_lambda_return(dreamer, functions):
     for lmbda in ("0.0", "0.95", "1.0"):
         inputs = [tensor(read(name)).requires_grad_() for name in names]
         reward, cont, value, bootstrap = inputs
-        next_value = torch.cat([value[:, 1:], bootstrap.unsqueeze(1)], 1)
-        returns = dreamer.lambda_return(reward, cont, next_value, float(lmbda))
+        value = torch.cat([value, bootstrap.unsqueeze(1)], 1)
+        returns = dreamer.lambda_return(reward, cont, value, float(lmbda))
         close(returns, read(f"out_{lmbda}"))
         for grad, name in zip(gradients(returns, inputs, read("upstream")), names, strict=True):
             close(grad, read(f"grad_{name}_{lmbda}"))
@@ -221,7 +221,7 @@ def test_without_a_critic_returns_are_sums_of_rewards(dreamer, discrete):
         losses, stats = all_losses(dreamer, agent, data)
     (((reward, cont, *_), _),) = computed
     totals = [torch.zeros(len(reward))]
-    for t in reversed(range(reward.shape[1])):
+    for t in reversed(range(reward.shape[1] - 1)):
         totals.append(reward[:, t] + cont[:, t] * totals[-1])
     close(stats["return_mean"], torch.stack(totals[1:]).mean())
     assert not reached(losses["actor_loss"].mean(), agent.behaviour.critic)
