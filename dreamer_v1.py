@@ -197,7 +197,7 @@ class DictObservation(gym.ObservationWrapper):
             name = f"{key}_" if key in ("", "reward", "action", "deter", "stoch", "count", *FLAGS) else str(key)
             self.keys[name] = key
             if not isinstance(part, VECTORS):
-                gym.logger.warn(f"the observation {key!r} is left out, it is no image and no vector: {part}")
+                gym.logger.warn("the observation %r is left out, it is no image and no vector: %s", key, part)
             elif is_image(part) and obs != "state":
                 spaces[name] = gym.spaces.Box(0, 255, (size, size, min((*part.shape, 1)[:3])), np.uint8)
             elif not is_image(part) and obs != "pixels":
@@ -1040,8 +1040,8 @@ def train(args):
 
         # Log
         bar.update(frame - before)
-        for env in np.flatnonzero(record["is_last"]):
-            scores = {key: value[env] for key, value in info["log"].items() if key[0] != "_"}  # no masks
+        for env in np.flatnonzero(record["is_last"]):  # info["log"]["_key"] says which environments gave `key`
+            scores = {key: x[env] for key, x in info["log"].items() if key[0] != "_" and info["log"]["_" + key][env]}
             scores["episodic_length"] = info["episode"]["l"][env] * args.action_repeat
             scores["episodic_return"] = info["episode"]["r"][env]
             for key, value in scores.items():

@@ -227,7 +227,7 @@ class DictObservation(gym.ObservationWrapper):
             name = f"{key}_" if key in ("", "reward", "action", "deter", "stoch", "count", *FLAGS) else str(key)
             self.keys[name] = key
             if not isinstance(part, VECTORS):
-                gym.logger.warn(f"the observation {key!r} is left out, it is no image and no vector: {part}")
+                gym.logger.warn("the observation %r is left out, it is no image and no vector: %s", key, part)
             elif is_image(part) and obs != "state":
                 spaces[name] = gym.spaces.Box(0, 255, (size, size, min((*part.shape, 1)[:3])), np.uint8)
             elif not is_image(part) and obs != "pixels":

@@ -66,7 +66,8 @@ class Toy(gym.Env):
         reward, over = float(self.count), self.count >= self.length
         info = {"ragged": np.zeros(self.number + self.count), "log": None}
         if self.trouble == "success":
-            info |= {"is_success": self.count == 7, "log": {"steps/taken": self.count, "low": -self.count}}
+            log = {"steps/taken": self.count, "low": -self.count, "odd": self.number % 2 or None}  # None: no value
+            info |= {"is_success": self.count == 7, "log": log}
         if os.path.exists("go") and self.count == 10:
             if self.trouble == "exit":
                 os._exit(1)
@@ -135,7 +136,7 @@ OBSERVATIONS = {name: spaces.Box(0, 255, shape, np.uint8) for name, shape in BYT
     "Tuple": spaces.Tuple([VECTOR, spaces.Discrete(3)]),
     "Binary": spaces.MultiBinary(4),
     "Classes": spaces.MultiDiscrete([3, 4]),
-    "Mission": spaces.Dict(image=spaces.Box(0, 255, (7, 7, 3), np.uint8), mission=Mission()),
+    "Mission": spaces.Dict(image=spaces.Box(0, 255, (7, 7, 3), "u1"), mission=Mission(), t=spaces.Text(9, charset="%")),
     "Keys": spaces.Dict({key: VECTOR for key in ["", 0, *"reward action stoch count is_first a.b a/b keys".split()]}),
 }
 for name, space in OBSERVATIONS.items():
