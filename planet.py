@@ -141,9 +141,8 @@ def parse_args(argv=None):
         least = 0 if type(value) is float or name in ("seed", "eval_every", "overshooting_distance") else 1
         if type(value) in (int, float) and not least <= value < math.inf:
             sys.exit(f"--{name.replace('_', '-')} {value}: the least is {least}")
-    for name, most in dict(bits=8, elites=args.candidates, overshooting_distance=args.batch_length).items():
-        if getattr(args, name) > most:
-            sys.exit(f"--{name.replace('_', '-')} {getattr(args, name)}: the most is {most}")
+    if args.bits > 8 or args.elites > args.candidates or args.overshooting_distance > args.batch_length:
+        sys.exit("--bits must be at most 8, --elites --candidates, --overshooting-distance --batch-length")
     if args.image_size != 64:
         sys.exit(f"--image-size {args.image_size}: the convolutions are made for 64")
     return args
