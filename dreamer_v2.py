@@ -223,8 +223,7 @@ class DictObservation(gym.ObservationWrapper):
             if space.dtype == np.uint8:
                 shape = (*part.shape, 1)[:3]  # channels come first, last or not at all
                 image = np.moveaxis(value.reshape(shape), np.argmin(shape), -1)
-                image = cv2.resize(np.ascontiguousarray(image), space.shape[:2], interpolation=cv2.INTER_AREA)
-                result[name] = image.reshape(space.shape)
+                result[name] = cv2.resize(image, space.shape[:2], interpolation=cv2.INTER_AREA).reshape(space.shape)
             else:
                 result[name] = gym.spaces.flatten(part, value).astype(np.float32)
         return result

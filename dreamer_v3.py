@@ -168,7 +168,7 @@ def parse_args(argv=None):
     other = run is not None and args.size != given["size"]  # than the run has: it will be refused
     vars(args).update({name: value for name, value in widths.items() if other or getattr(args, name) is None})
     for name, value in vars(args).items():
-        least = 0 if type(value) is float or name in ("seed", "eval_every", "warmup") else 1 + (name == "batch_length")
+        least = dict(seed=0, eval_every=0, warmup=0, batch_length=2).get(name, 0 if type(value) is float else 1)
         if type(value) in (int, float) and not least <= value < math.inf:
             sys.exit(f"--{name.replace('_', '-')} {value}: the least is {least}")
     if args.image_size % 16 or args.deter % args.blocks or args.deter % args.decoder_blocks or args.bins % 2 == 0:
@@ -230,8 +230,7 @@ class DictObservation(gym.ObservationWrapper):
             if space.dtype == np.uint8:
                 shape = (*part.shape, 1)[:3]  # channels come first, last or not at all
                 image = np.moveaxis(value.reshape(shape), np.argmin(shape), -1)
-                image = cv2.resize(np.ascontiguousarray(image), space.shape[:2], interpolation=cv2.INTER_AREA)
-                result[name] = image.reshape(space.shape)
+                result[name] = cv2.resize(image, space.shape[:2], interpolation=cv2.INTER_AREA).reshape(space.shape)
             else:
                 result[name] = gym.spaces.flatten(part, value).astype(np.float32)
         return result
