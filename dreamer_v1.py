@@ -954,15 +954,6 @@ def evaluate(agent, args, seed, folder, stop=()):
     return {} if stop else scores
 
 
-def begin(envs, replay, seeds=None):
-    """Resets all environments -> the record of their first observations, which is in the replay then."""
-    no = np.zeros(envs.num_envs, bool)
-    obs, _ = envs.reset(seed=seeds)
-    record = obs | dict(reward=np.zeros(envs.num_envs), is_first=~no, is_last=no, is_terminal=no)
-    replay.add(record | {"action": 0})
-    return record
-
-
 def train(args):
     """Trains until `total_timesteps` frames, from the start or from a checkpoint."""
     device = setup(args)
@@ -991,11 +982,17 @@ def train(args):
     act, update = Graph(agent.act, device), Graph(agent.update, device)
     rng = np.random.default_rng([0, args.seed, frame])
     torch.manual_seed(int(rng.integers(2**63)))
-    record = begin(envs, replay, rng.integers(2**32, size=envs.num_envs).tolist())
-    carry, data, ahead = agent.initial(envs.num_envs), None, None
+    seeds, zeros = rng.integers(2**32, size=envs.num_envs).tolist(), np.zeros(envs.num_envs, bool)
+    record, carry, data, ahead = None, agent.initial(envs.num_envs), None, None
     bar = tqdm(total=args.total_timesteps, initial=frame, unit="frames", disable=False, smoothing=0.05)
     totals, counted, ending = 0.0, updates, False
     while frame < args.total_timesteps and not ending:
+        # Start all environments, at first and once more after the prefill
+        if record is None:
+            obs, _ = envs.reset(seed=seeds)
+            record = obs | dict(reward=np.zeros(envs.num_envs), is_first=~zeros, is_last=zeros, is_terminal=zeros)
+            replay.add(record | {"action": 0})
+
         # Learn: `pretrain` updates after the prefill, then `train_steps` every `train_every` frames
         while frame >= due:
             budget, due = budget + args.train_steps, due + args.train_every
@@ -1064,9 +1061,9 @@ def train(args):
                 writer.add_scalar(f"eval/{key}", value.mean(), frame)
                 writer.add_scalar(f"eval/{key}_std", value.std(), frame)
 
-        # The prefill is over: all environments start anew
+        # The prefill is over: all environments start anew, with random numbers that go on
         if due == math.inf and frame >= args.prefill and record["is_last"].any() and len(replay):
-            budget, due, record = args.pretrain, frame + args.train_every, begin(envs, replay)
+            budget, due, seeds, record = args.pretrain, frame + args.train_every, None, None
     envs.close()
     bar.close()
     writer.close()
