@@ -541,7 +541,7 @@ class RSSM(nn.Module):
         """Embed (B, T, E), action (B, T, A) that led to each step, is_first (B, T), state before -> posterior states:
         deter (B, T, D), stoch (B, T, S), post (B, T, S, 2)."""
         steps = []
-        for inputs in zip(*(x.split(8, 1) for x in (action, embed, is_first)), strict=True):  # more compile for longer
+        for inputs in zip(*(x.split(8, 1) for x in (action, embed, is_first)), strict=True):  # more compile slowly
             steps += self.obs_steps(steps[-1][:2] if steps else start, *inputs)
         return tuple(torch.stack(x, 1) for x in zip(*steps, strict=True))
 

@@ -110,7 +110,7 @@ class Args:
     units: int | None = None  # units of all other layers
     stoch: int = 32  # categorical variables of the stochastic state
     blocks: int = 8  # blocks of the GRU's block-diagonal layers; divides --deter
-    decoder_blocks: int = 8  # blocks of the layer from deter to the decoder's first map; divides --deter
+    decoder_blocks: int = 8  # blocks of the layer from deter to the decoder's first map; divides --deter, 4 · --depth
     unimix: float = 0.01  # uniform share of the latents' probabilities
     bins: int = 255  # of reward and value; odd
     dyn_scale: float = 1.0  # of the dynamics loss, which moves the prior to the posterior
@@ -171,8 +171,10 @@ def parse_args(argv=None):
         least = dict(seed=0, eval_every=0, warmup=0, batch_length=2).get(name, 0 if type(value) is float else 1)
         if type(value) in (int, float) and not least <= value < math.inf:
             sys.exit(f"--{name.replace('_', '-')} {value}: the least is {least}")
-    if args.image_size % 16 or args.deter % args.blocks or args.deter % args.decoder_blocks or args.bins % 2 == 0:
-        sys.exit("--image-size must be a multiple of 16, --deter of --blocks and --decoder-blocks, and --bins odd")
+    if args.deter % args.blocks or args.deter % args.decoder_blocks or 4 * args.depth % args.decoder_blocks:
+        sys.exit("--blocks must divide --deter, and --decoder-blocks both --deter and four times --depth")
+    if args.image_size % 16 or args.bins % 2 == 0:
+        sys.exit("--image-size must be a multiple of 16, and --bins odd")
     return args
 
 
@@ -332,7 +334,7 @@ class Replay:
         for key in step:
             self.steps[key][self.count % self.capacity] = step[key]
         self.count += 1
-        if self.count >= self.capacity:  # where the oldest step follows the newest, also after a kill, one begins anew
+        if self.count >= self.capacity:  # the oldest follows the newest, also after a kill: it begins an episode
             self.steps["is_first"][self.count % self.capacity] = True
         # each stretch of length + 1 steps is trained on once soon after it came: the online queue
         if self.count > 1 and (self.count - 1) % (self.length + 1) == 0:
@@ -397,15 +399,12 @@ def twohot_mean(logit):
 def twohot_loss(logit, *targets):
     """Sum over the targets (...) of the cross entropy of logits (..., X) with the two-hot target; Eq. 11.
     The two bins around the target share the weight by their distance to it, in the space of the target itself."""
-    bins = twohot_bins(logit.shape[-1], logit.device)
-    log_probs, loss = logit.log_softmax(-1), 0.0
-    for target in targets:
-        above = torch.bucketize(target.contiguous(), bins, right=True).clamp(1, len(bins) - 1)
-        low, high = bins[above - 1], bins[above]
-        weight = ((target - low) / (high - low)).clamp(0, 1)
-        both = log_probs.gather(-1, torch.stack([above - 1, above], -1))
-        loss = loss - torch.lerp(both[..., 0], both[..., 1], weight)
-    return loss
+    bins, log_probs = twohot_bins(logit.shape[-1], logit.device), logit.log_softmax(-1)
+    target = torch.stack(targets, -1)
+    above = torch.bucketize(target, bins, right=True).clamp(1, len(bins) - 1)
+    low, high = bins[above - 1], bins[above]
+    weight = ((target - low) / (high - low)).clamp(0, 1)
+    return -torch.lerp(log_probs.gather(-1, above - 1), log_probs.gather(-1, above), weight).sum(-1)
 
 
 def sample_onehot(probs):
@@ -445,7 +444,7 @@ def initialise(module):
     """Weights from a truncated normal with standard deviation 1 / sqrt(fan_in), biases zero."""
     if isinstance(module, (nn.Linear, nn.Conv2d, BlockLinear)):
         weight = module.weight[..., 0] if isinstance(module, BlockLinear) else module.weight[0]  # all inputs of blocks
-        std = 1.1368 / math.sqrt(weight.numel())  # 1 / 0.8796, what the cut at two leaves of a deviation
+        std = 1.1368 / math.sqrt(weight.numel())  # the cut at two deviations leaves 1 / 1.1368 of one
         nn.init.trunc_normal_(module.weight, 0.0, std, -2 * std, 2 * std)
         nn.init.zeros_(module.bias)
 
@@ -633,7 +632,7 @@ class RSSM(nn.Module):
         """Embed (B, T, E), action (B, T, A) that led to each step, is_first (B, T), state before -> posterior states:
         deter (B, T, D), stoch (B, T, S, K), post (B, T, S, K)."""
         steps = []
-        for inputs in zip(*(x.split(8, 1) for x in (action, embed, is_first)), strict=True):  # more compile for longer
+        for inputs in zip(*(x.split(8, 1) for x in (action, embed, is_first)), strict=True):  # more compile slowly
             steps += self.obs_steps(steps[-1][:2] if steps else start, *inputs)
         return tuple(torch.stack(x, 1) for x in zip(*steps, strict=True))
 
@@ -797,7 +796,7 @@ class LaProp:
     """Adaptive gradient clipping, then RMS scaling, then momentum, then a warmed-up learning rate (p. 8)."""
 
     def __init__(self, params, args):
-        self.params, self.args = params, args
+        self.params, self.args = [p for p in params if p.requires_grad], args
         self.square, self.momentum = ([torch.zeros_like(p) for p in self.params] for _ in range(2))
         self.updates = torch.zeros((), dtype=torch.float64, device=self.params[0].device)
 
@@ -832,8 +831,7 @@ class Agent(nn.Module):
         nn.init.zeros_(self.behaviour.critic[-1].weight)
         torch._foreach_mul_([output.weight.data for output in self.behaviour.actor.outputs], 0.01)
         self.behaviour.slow_critic.load_state_dict(self.behaviour.critic.state_dict())
-        self.trained = [p for p in self.parameters() if p.requires_grad]
-        self.optimizer = LaProp(self.trained, args)
+        self.optimizer = LaProp(self.parameters(), args)
         if args.compile:  # but a decoder whose first map is one pixel would fail on a GPU: PyTorch issue 171622
             model, rssm, actor = self.world_model, self.world_model.rssm, self.behaviour.actor
             more = [model.encoder.forward] + ([model.decoder.forward] if args.image_size > 16 else [])
@@ -880,9 +878,9 @@ class Agent(nn.Module):
             more, more_stats = self.behaviour.loss(self.world_model, data, deter, stoch, feat)
         losses = {name: loss.mean() for name, loss in (losses | more).items()}
         scales = dict(dyn_loss=args.dyn_scale, rep_loss=args.rep_scale, replay_critic_loss=args.replay_critic_scale)
-        total = sum(scales.get(name, 1.0) * loss for name, loss in losses.items())  # Eq. 4 (arXiv:2301.04104v2)
+        total = sum(scales.get(name, 1.0) * loss for name, loss in losses.items())
         # in one layout, for NCCL and so that the optimizer's operations run as one kernel each
-        grads = [grad.contiguous() for grad in torch.autograd.grad(total, self.trained)]
+        grads = [grad.contiguous() for grad in torch.autograd.grad(total, self.optimizer.params)]
         if dist.is_initialized():
             for grad in grads:
                 dist.all_reduce(grad.div_(dist.get_world_size()))

@@ -101,7 +101,7 @@ def test_numbers_out_of_range_are_refused(house, refused, tmp_path, monkeypatch)
     "flags, word",
     [
         ("--image-size 60", "--image-size"),
-        ("--decoder-blocks 6", "--deter"),
+        ("--decoder-blocks 16", "--depth"),
         ("--bins 14", "--bins"),
         ("--batch-length 100 --total-timesteps 50", "--batch-length 100"),
         ("--replay-size 8", "--batch-length 8"),

@@ -267,7 +267,7 @@ def test_parity_updates(case, request, monkeypatch):
     with torch.no_grad():
         for name, parameter in slow.items():
             parameter.copy_(golden_slow(name, 0))
-    agent.optimizer = script.LaProp(agent.trained, case.args)
+    agent.optimizer = script.LaProp(agent.parameters(), case.args)
     monkeypatch.setattr(agent, "start", lambda data: None)
     monkeypatch.setattr(agent.behaviour, "loss", lambda *_: ({}, {}))
     count = len(opt["lr_schedule"])
@@ -452,8 +452,8 @@ def test_parameter_counts(case, row):
         agent = script.Agent(args, spaces, action, "meta")
     names = "encoder", "rssm", "decoder", "reward_head", "continue_head"
     parts = [getattr(agent.world_model, name) for name in names] + [agent.behaviour.actor, agent.behaviour.critic]
-    counts = [sum(p.numel() for p in part.parameters()) for part in parts] + [sum(p.numel() for p in agent.trained)]
-    assert tuple(counts) == row[1:]
+    params = [*map(torch.nn.Module.parameters, parts), agent.optimizer.params]
+    assert tuple(sum(p.numel() for p in part) for part in params) == row[1:]
 
 
 # Maths
@@ -472,7 +472,7 @@ def small(tmp_path):
     spaces = {"vector": gym.spaces.Box(-np.inf, np.inf, (6,)), "image": gym.spaces.Box(0, 255, (64, 64, 3), np.uint8)}
     agent, data = agent_and_batch(script, args, spaces, gym.spaces.Box(-1, 1, (2,)), tmp_path)
     with torch.no_grad():
-        for parameter in agent.trained:
+        for parameter in agent.optimizer.params:
             parameter.add_(0.3 * torch.randn_like(parameter))
     return agent, data
 
