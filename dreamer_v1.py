@@ -597,8 +597,8 @@ class WorldModel(nn.Module):
         losses["reward_loss"] = normal_loss(self.reward(head_feat), data["reward"])  # (B, T)
         if args.predict_continue:
             target = (1 - data["is_terminal"].float()) * args.discount  # (B, T); paper: without the discount
-            cont = self.continue_head(head_feat).squeeze(-1)  # (B, T)
-            losses["continue_loss"] = F.binary_cross_entropy_with_logits(cont, target, reduction="none")  # (B, T)
+            logit = self.continue_head(head_feat).squeeze(-1)  # (B, T)
+            losses["continue_loss"] = F.binary_cross_entropy_with_logits(logit, target, reduction="none")  # (B, T)
         kl = kl_gaussian(post, prior)  # (B, T)
         losses["kl_loss"] = kl.mean().clamp(min=args.free_nats)
         entropies = [Normal(*x.unbind(-1), validate_args=False).entropy().sum(-1).mean() for x in (post, prior)]

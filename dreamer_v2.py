@@ -650,8 +650,8 @@ class WorldModel(nn.Module):
         losses["reward_loss"] = normal_loss(self.reward(head_feat), data["reward"])  # (B, T)
         if args.predict_continue:
             target = (1 - data["is_terminal"].float()) * args.discount  # (B, T); paper: without the discount
-            cont = self.continue_head(head_feat).squeeze(-1)  # (B, T)
-            losses["continue_loss"] = F.binary_cross_entropy_with_logits(cont, target, reduction="none")  # (B, T)
+            logit = self.continue_head(head_feat).squeeze(-1)  # (B, T)
+            losses["continue_loss"] = F.binary_cross_entropy_with_logits(logit, target, reduction="none")  # (B, T)
         losses["kl_loss"] = balance_kl(self.rssm.kl, post, prior, args.kl_balance, args.free_nats)
         entropies = [self.rssm.entropy(logit).mean() for logit in (post, prior)]
         stats = dict(posterior_entropy=entropies[0], prior_entropy=entropies[1], kl=self.rssm.kl(post, prior).mean())

@@ -112,7 +112,7 @@ class Args:
     blocks: int = 8  # blocks of the GRU's block-diagonal layers; divides --deter
     decoder_blocks: int = 8  # blocks of the layer from deter to the decoder's first map; divides --deter, 4 · --depth
     unimix: float = 0.01  # uniform share of the latents' probabilities
-    bins: int = 255  # of reward and value; odd
+    bins: int = 255  # of reward and value; odd, 3 or more
     dyn_scale: float = 1.0  # of the dynamics loss, which moves the prior to the posterior
     rep_scale: float = 0.1  # of the representation loss, which moves the posterior to the prior
     free_nats: float = 1.0  # nats below which a step's KL gives no gradient
@@ -173,8 +173,8 @@ def parse_args(argv=None):
             sys.exit(f"--{name.replace('_', '-')} {value}: the least is {least}")
     if args.deter % args.blocks or args.deter % args.decoder_blocks or 4 * args.depth % args.decoder_blocks:
         sys.exit("--blocks must divide --deter, and --decoder-blocks both --deter and four times --depth")
-    if args.image_size % 16 or args.bins % 2 == 0:
-        sys.exit("--image-size must be a multiple of 16, and --bins odd")
+    if args.image_size % 16 or args.bins % 2 == 0 or args.bins == 1:
+        sys.exit("--image-size must be a multiple of 16, and --bins odd and not 1")
     return args
 
 
@@ -426,12 +426,12 @@ def kl_divergence(p, q):
 #   return    R_0            R_1            R_2 ... R_T-2       of what follows state t: starts with r_1, at R_0
 
 
-def lambda_return(reward, cont, last, value, bootstrap, lmbda):
+def lambda_return(reward, cont, last, value, lmbda):
     """λ-returns: (N, T) each -> (N, T - 1); Eq. 5 (arXiv:2301.04104v2), over episode ends as in the authors' code.
-    R_t = r_t+1 + c_t+1 · ((1 - λ_t+1) v_t+1 + λ_t+1 R_t+1), λ_t = λ (1 - last_t), R_T-1 = bootstrap."""
+    R_t = r_t+1 + c_t+1 · ((1 - λ_t+1) v_t+1 + λ_t+1 R_t+1), λ_t = λ (1 - last_t), R_T-1 = v_T-1."""
     lmbda = lmbda * (1 - last)
     interim = reward + cont * (1 - lmbda) * value
-    returns = [bootstrap]
+    returns = [value[:, -1]]
     for t in range(reward.shape[1] - 1, 0, -1):
         returns.append(interim[:, t] + cont[:, t] * lmbda[:, t] * returns[-1])
     return torch.stack(returns[1:][::-1], 1)
@@ -686,8 +686,8 @@ class WorldModel(nn.Module):
         losses["reward_loss"] = twohot_loss(self.reward_head(feat), data["reward"])  # (B, T)
         # the head learns the discount too; paper: it learns the end alone, and returns are discounted outside
         target = (1 - data["is_terminal"].float()) * (1 - 1 / args.discount_horizon)  # (B, T)
-        cont = self.continue_head(feat).squeeze(-1)  # (B, T)
-        losses["continue_loss"] = F.binary_cross_entropy_with_logits(cont, target, reduction="none")  # (B, T)
+        logit = self.continue_head(feat).squeeze(-1)  # (B, T)
+        losses["continue_loss"] = F.binary_cross_entropy_with_logits(logit, target, reduction="none")  # (B, T)
         losses["dyn_loss"] = kl_divergence(post.detach(), prior).clamp(min=args.free_nats)  # (B, T)
         losses["rep_loss"] = kl_divergence(post, prior.detach()).clamp(min=args.free_nats)  # (B, T)
         entropies = [torch.special.entr(probs).sum((-2, -1)).mean() for probs in (post, prior)]
@@ -760,7 +760,7 @@ class Behaviour(nn.Module):
         torch.clear_autocast_cache()  # which holds copies of the actor's weights that were made without gradient
         critic_logit = self.critic(imag_feat)  # (N, P, X)
         value = twohot_mean(critic_logit.detach())  # (N, P)
-        returns = lambda_return(reward, cont, torch.zeros_like(cont), value, value[:, -1], args.lmbda)  # (N, H)
+        returns = lambda_return(reward, cont, torch.zeros_like(cont), value, args.lmbda)  # (N, H)
         scale = self.scale(returns)
         advantage = (returns - value[:, :-1]) / scale  # (N, H)
         policy = actor(imag_feat[:, :-1])
@@ -772,7 +772,7 @@ class Behaviour(nn.Module):
         boot = returns[:, 0].view(data["reward"].shape)  # (B, T)
         last = data["is_last"].float()  # (B, T)
         going_on = (1 - data["is_terminal"].float()) * (1 - 1 / args.discount_horizon)  # (B, T)
-        replay_returns = lambda_return(data["reward"], going_on, last, boot, boot[:, -1], args.lmbda)  # (B, L)
+        replay_returns = lambda_return(data["reward"], going_on, last, boot, args.lmbda)  # (B, L)
         slow_start = slow_value[:, 0].view(boot.shape)[:, :-1]  # (B, L)
         replay_loss = twohot_loss(self.critic(feat[:, :-1]), replay_returns, slow_start)  # (B, L)
         losses["replay_critic_loss"] = (1 - last[:, :-1]) * replay_loss

@@ -208,7 +208,7 @@ def test_parity_behaviour(case):
         close(model.cont(imag_feat).cumprod(1), golden["imag/weight"])
         zeros = torch.zeros_like(value)
         reward, cont = model.reward(imag_feat), model.cont(imag_feat)
-        returns = script.lambda_return(reward, cont, zeros, value, value[:, -1], case.args.lmbda)
+        returns = script.lambda_return(reward, cont, zeros, value, case.args.lmbda)
         close(returns, golden["imag/ret"], atol=1e-4)
     with case.samples("imagined"):
         losses, stats = behaviour.loss(model, case.data, deter, stoch, feat)
@@ -306,10 +306,10 @@ def test_parity_twohot(functions):
 def test_parity_lambda_return(functions):
     reward, boot = tensor(functions["lam/rew"]), tensor(functions["lam/boot"])
     cont = tensor(functions["lam/imag_con"])
-    returns = script.lambda_return(reward, cont, torch.zeros_like(cont), boot, boot[:, -1], 0.95)
+    returns = script.lambda_return(reward, cont, torch.zeros_like(cont), boot, 0.95)
     close(returns, functions["lam/imag_ret"])
     last, term = (tensor(functions[f"lam/replay_{x}"]).float() for x in ("last", "term"))
-    returns = script.lambda_return(reward, (1 - term) * (1 - 1 / 333), last, boot, boot[:, -1], 0.95)
+    returns = script.lambda_return(reward, (1 - term) * (1 - 1 / 333), last, boot, 0.95)
     close(returns, functions["lam/replay_ret"])
 
 
