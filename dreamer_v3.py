@@ -784,7 +784,7 @@ class Behaviour(nn.Module):
         """What advantages are divided by: max(1, range of returns, 5th to 95th percentile), Eq. 7; updates it."""
         if dist.is_initialized():  # the returns of all processes
             mine, returns = returns, returns.repeat(dist.get_world_size(), 1)
-            dist.all_gather_into_tensor(returns, mine.contiguous())
+            dist.all_gather_single(returns, mine.contiguous())
         self.return_range.lerp_(torch.stack([returns.quantile(q) for q in (0.05, 0.95)]), self.args.return_rate)
         return (self.return_range[1] - self.return_range[0]).clamp(min=1)
 
