@@ -370,15 +370,15 @@ def record(args, folder, stop=(), expert=False):
     """Video of --video-dir or of play, at random or, in nine of ten steps, as the environment's expert() has it."""
     if args.video_dir:
         return record_files(args, folder, stop)
-    frames, total = args.num_envs * args.action_repeat, args.clone_timesteps if expert else args.total_timesteps
-    if os.path.exists(folder) and Video(folder, args).count * frames >= total:
-        return Video(folder, args)
-    envs = make_envs(args, args.num_envs)
-    video, known = Video(folder, args), envs.single_action_space.shape == ()  # actions that are no classes are not kept
-    rng, zeros = np.random.default_rng([args.seed, video.count]), np.zeros(args.num_envs, bool)
+    video, frames = Video(folder, args), args.num_envs * args.action_repeat
+    total = args.clone_timesteps if expert else args.total_timesteps
+    if video.count * frames >= total:
+        return video
+    envs, rng = make_envs(args, args.num_envs), np.random.default_rng([args.seed, video.count])
+    known = envs.single_action_space.shape == ()  # actions that are no classes are not kept
     envs.action_space.seed(int(rng.integers(2**31)))
     obs, _ = envs.reset(seed=rng.integers(2**32, size=args.num_envs).tolist())
-    action, first, over = envs.action_space.sample(), ~zeros, zeros
+    action, first, over = envs.action_space.sample(), np.ones(args.num_envs, bool), np.zeros(args.num_envs, bool)
     if picture(obs).shape != video.shape:
         sys.exit(f"--env-id {args.env_id}: Genie sees one image, not {list(obs)}")
     bar = tqdm(total=total, initial=video.count * frames, unit="frames", desc="recording")
@@ -404,11 +404,11 @@ def record_files(args, folder, stop=()):
     if not paths and not os.path.exists(folder):
         sys.exit(f"--video-dir {args.video_dir} has no video files: {kinds}")
     video, done = Video(folder, args), Path(folder, "done")
-    read = lambda: done.read_text(errors="surrogateescape").split("\n")[:-1]  # noqa: E731, names in any encoding
-    lines = [("0", ""), *(line.split(" ", 1) for line in (read() if done.exists() else ()))]
-    lines = [line for line in lines if int(line[0]) <= video.count]  # of the others the frames are gone
-    video.cut(int(lines[-1][0]))
-    for path in tqdm(sorted({*paths} - {name for _, name in lines}), unit="files", desc="recording"):
+    done.touch()
+    lines = [line.split(" ", 1) for line in done.read_text(errors="surrogateescape").split("\n")[:-1]]
+    read = {path: int(count) for count, path in lines if int(count) <= video.count}  # of the others the frames are gone
+    video.cut(max(read.values(), default=0))
+    for path in tqdm(sorted({*paths} - {*read}), unit="files", desc="recording"):
         start, problem = video.count, ""
         try:
             for image, is_first in read_frames(path, args):
@@ -422,10 +422,10 @@ def record_files(args, folder, stop=()):
             video.cut(start)
         with done.open("a", errors="surrogateescape") as file:
             file.write(f"{video.count} {path}\n")
+        read[path] = video.count
     if not video.count:
         sys.exit(f"none of the {len(paths)} files in {args.video_dir} can be used")
-    counts = {line.split()[0] for line in read()} - {"0"}
-    print(f"{len(counts)} of {len(paths)} files are used, {video.count:,} frames")
+    print(f"{len({*read.values()} - {0})} of {len(paths)} files are used, {video.count:,} frames")
     return video
 
 
@@ -504,12 +504,10 @@ def perplexity(counts):
 
 
 def mutual_information(a, b):
-    """Of two arrays of classes, as a share of the mean of their entropies: 0 independent, 1 the same up to names."""
-    table = np.zeros((a.max() + 1, b.max() + 1))
-    np.add.at(table, (a.ravel(), b.ravel()), 1 / a.size)
-    entropy = lambda p: -(p[p > 0] * np.log(p[p > 0])).sum()  # noqa: E731
-    both = entropy(table.sum(1)) + entropy(table.sum(0))
-    return 2 * (1 - entropy(table.ravel()) / both) if both > 0 else 0.0
+    """Of two tensors of classes, as a share of the mean of their entropies: 0 independent, 1 the same up to names."""
+    entropy = lambda x: perplexity(x.flatten().bincount().double()).log().item()  # noqa: E731
+    both = entropy(a) + entropy(b)
+    return 2 * (1 - entropy(a * (b.max() + 1) + b) / both) if both > 0 else 0.0
 
 
 def draw_masks(shape, clean_context, device):
@@ -527,7 +525,7 @@ def maskgit_sample(predict, ids, codes, steps, temperature):
     Each step draws all masked tokens and keeps the likeliest; how many: a cosine (arXiv:2202.04200, section 3.3)."""
     for step in range(steps):
         masked_after = round(ids.shape[1] * math.cos(math.pi / 2 * (step + 1) / steps))
-        probs = (predict(ids).float() / temperature).softmax(-1)  # (B, N, V)
+        probs = (predict(ids) / temperature).softmax(-1)  # (B, N, V)
         drawn = (probs[..., :-1].cumsum(-1) <= torch.rand_like(probs[..., :1])).sum(-1)  # (B, N)
         masked = ids == codes
         confidence = probs.gather(-1, drawn.unsqueeze(-1)).squeeze(-1).masked_fill(~masked, 2.0)
@@ -572,13 +570,11 @@ class Attention(nn.Module):
         B, T, N, _ = x.shape
         query, key, value = (layer(x).view(B, T, N, self.heads, -1) for layer in (self.query, self.key, self.value))
         query, key = self.query_norm(query), self.key_norm(key)
-        if not self.over_time:
-            x = F.scaled_dot_product_attention(*(y.flatten(0, 1).transpose(1, 2) for y in (query, key, value)))
-            return self.out(x.transpose(1, 2).reshape(B, T, N, -1)), None
-        query, key, value = (y.flatten(2, 3).transpose(1, 2) for y in (query, key, value))
+        merged = (2, 3) if self.over_time else (0, 1)
+        query, key, value = (y.flatten(*merged).transpose(1, 2) for y in (query, key, value))
         if past is not None:
             key, value = (torch.cat(pair, 2) for pair in zip(past, (key, value), strict=True))
-        x = F.scaled_dot_product_attention(query, key, value, is_causal=past is None)
+        x = F.scaled_dot_product_attention(query, key, value, is_causal=self.over_time and past is None)
         return self.out(x.transpose(1, 2).reshape(B, T, N, -1)), (key, value)
 
 
@@ -671,10 +667,9 @@ class VQ(nn.Module):
     @torch.no_grad()
     def restart(self, x, index):
         """After an update for which x (..., D) was matched to index (...): what is long unused restarts -> stats."""
-        used, x = F.one_hot(index.flatten(), len(self.idle)).sum(0).float(), x.flatten(0, -2)
+        used, x = average(F.one_hot(index.flatten(), len(self.idle)).sum(0).float()), x.flatten(0, -2)
         rows = x[torch.randint(len(x), (len(used),), device=x.device)]
         if dist.is_initialized():
-            dist.all_reduce(used)
             dist.broadcast(rows, 0)
         self.idle.copy_(torch.where(used > 0, 0, self.idle + 1))
         dead = self.idle >= 50
@@ -767,7 +762,7 @@ class LatentActionModel(nn.Module):
     def encode(self, video):
         """uint8 video -> latent actions as numbers (B, L)."""
         if video.shape[1] == 1:  # nothing happens in one frame
-            return torch.zeros(len(video), 0, dtype=torch.long, device=video.device)
+            return video.new_zeros(len(video), 0, dtype=torch.long)
         return self.quantizer(self.latent(video))[1]
 
 
@@ -811,7 +806,7 @@ class Policy(nn.Module):
         for i in tqdm(range(args.clone_steps), unit="updates", desc="latent actions" if agent else "true actions"):
             clips, action = video.sample(args.batch_size, [args.seed, i], device)
             target = (agent.infer(clips)[1] if agent else action)[:, : self.length]
-            loss = F.cross_entropy(self(clips[:, : target.shape[1]]).flatten(0, 1), target.flatten())
+            loss = F.cross_entropy(self(clips[:, : self.length]).flatten(0, 1), target.flatten())
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -955,7 +950,7 @@ class Dream(gym.Env):
 
     def __init__(self, agent, prompts, length=500):
         self.agent, self.prompts, self.length = agent, prompts, length
-        self.observation_space = gym.spaces.Dict({"image": gym.spaces.Box(0, 255, (*prompts.shape[2:],), np.uint8)})
+        self.observation_space = gym.spaces.Dict({"image": gym.spaces.Box(0, 255, prompts.shape[2:], np.uint8)})
         self.action_space = gym.spaces.Discrete(agent.args.num_actions)
         self.generate = Graph(agent.generate, agent.device)
 
@@ -1088,12 +1083,12 @@ def measure(agent, args, video):
         values.append(torch.stack(row).cpu())
         names.append(torch.stack([action, true]).cpu())
         counts = counts + F.one_hot(ids.flatten(), args.num_codes).sum(0)
-    values, (names, actions) = torch.cat(values, 1).double(), torch.cat(names, 1).numpy()
+    values, (names, actions) = torch.cat(values, 1).double(), torch.cat(names, 1)
     keys = "tokenizer_psnr masked_accuracy copy_accuracy rollout_psnr delta_psnr".split()
     result = dict(zip(keys, values.mean(1).tolist(), strict=True))
     result["delta_psnr_error"] = 1.96 * values[-1].std().item() / math.sqrt(len(windows))
     result["tokenizer_perplexity"] = perplexity(counts).item()
-    result["lam_perplexity"] = perplexity(torch.from_numpy(names).flatten().bincount()).item()
+    result["lam_perplexity"] = perplexity(names.flatten().bincount()).item()
     if actions.any():
         result["action_information"] = mutual_information(names, actions)
     return {f"eval/{key}": value for key, value in result.items()}
