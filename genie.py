@@ -484,13 +484,14 @@ def num_patches(size, args):
     return -(-args.image_size // size) * -(-args.image_width // size)
 
 
-def roll(video, shift):
-    """Moves each clip (B, T, H, W, 3) by its own number of rows and columns, shift (B, 2); what leaves comes back."""
-    height, width = video.shape[2:4]
-    rows = (torch.arange(height, device=video.device) + shift[:, :1]) % height  # (B, H)
-    columns = (torch.arange(width, device=video.device) + shift[:, 1:]) % width  # (B, W)
-    clip = torch.arange(len(video), device=video.device)[:, None, None]
-    return video.movedim(1, 3)[clip, rows[:, :, None], columns[:, None]].movedim(3, 1)
+def roll(video, unit):
+    """Moves each clip (B, T, H, W, 3) by random multiples of `unit` rows and columns; what leaves comes back."""
+    clip, places = torch.arange(len(video), device=video.device).view(-1, 1, 1), []
+    for size in video.shape[2:4]:
+        shift = (torch.rand(len(video), 1, device=video.device) * (size // unit)).long() * unit  # (B, 1)
+        places.append((shift + torch.arange(size, device=video.device)) % size)  # (B, H), then (B, W)
+    rows, columns = places
+    return video[clip, :, rows.unsqueeze(2), columns.unsqueeze(1)].movedim(3, 1)
 
 
 def psnr(a, b):
@@ -747,10 +748,7 @@ class LatentActionModel(nn.Module):
 
     def loss(self, video):
         """VQ-VAE; its error is a share of that of copying the last frame -> losses, code (B, L, D), what matched."""
-        unit = self.args.lam_shift or max(video.shape)  # by which nothing can be shifted
-        places = [torch.rand(len(video), device=video.device) * (size // unit) for size in video.shape[2:4]]
-        shift = torch.stack(places, 1).long() * unit  # (B, 2)
-        latent = self.latent(roll(video, shift))  # (B, L, D)
+        latent = self.latent(roll(video, self.args.lam_shift) if self.args.lam_shift else video)  # (B, L, D)
         patches = patchify(video / 255, self.args.lam_patch)  # (B, T, P, E)
         code, index, vq_loss, matched = self.quantizer(latent)
         past, target = patches[:, :-1], patches[:, 1:]
