@@ -186,7 +186,7 @@ def main(run, video, prompt, seed, port, cuda):
         start = {"options": {"prompt": Image.open(prompt).convert("RGB") and prompt}} if prompt else {}  # or exits
         with open(f"{run}/args.json") as file, open(f"{run}/checkpoint.pt"):
             script = importlib.import_module(json.load(file)["script"])
-    except (OSError, ValueError, KeyError, TypeError, ImportError, Image.DecompressionBombError) as error:
+    except (OSError, ValueError, KeyError, TypeError, ImportError, SyntaxError, Image.DecompressionBombError) as error:
         sys.exit(f"play.py: {run}{f' from {prompt}' if prompt else ''} cannot be played: {error}")
     args = script.parse_args(["--evaluate", run, "--cuda" if cuda else "--no-cuda"])
     dream = script.Dream(*script.load_run(args, run))

@@ -105,11 +105,11 @@ def test_what_is_no_run_gets_one_line(run, missing, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "prompt, word", [("docs/compare.png", "genie.py"), ("README.md", "identify"), ("a.png", "a.png"), ("half", "cated")]
+    "prompt, word", [("docs/compare.png", "genie.py"), ("README.md", "identify"), ("a.png", "a.png"), ("bad", "broken")]
 )
 def test_what_is_no_start_for_a_dream_gets_one_line(run, prompt, word, tmp_path):
-    (tmp_path / "half").write_bytes((ROOT / "docs/compare.png").read_bytes()[:9999])
-    process = start(run, "--prompt", tmp_path / prompt if prompt == "half" else ROOT / prompt)
+    (tmp_path / "bad").write_bytes(b"?DAT".join((ROOT / "docs/compare.png").read_bytes().rsplit(b"IDAT", 1)))
+    process = start(run, "--prompt", tmp_path / prompt if prompt == "bad" else ROOT / prompt)
     (line,) = process.communicate(timeout=60)[1].splitlines()
     assert word in line and process.returncode == 1
 
