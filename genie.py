@@ -397,7 +397,7 @@ def record(args, folder, stop=(), expert=False):
     return video
 
 
-def record_files(args, folder, stop=()):
+def record_files(args, folder, stop):
     """Appends what the files of --video-dir show -> Video. `done` names those that were read, after the count then."""
     kinds = ".mp4 .webm .mkv .avi .mov .m4v .mpg .mpeg .ts .gif"
     paths = [str(path) for path in Path(args.video_dir).rglob("*.*") if path.suffix.lower() in kinds.split()]
@@ -623,10 +623,10 @@ class Transformer(nn.Module):
 class Reader(nn.Module):
     """Patches (B, T, P, E) -> a vector for each frame (B, T, out), read from one token more."""
 
-    def __init__(self, args, size, length, patches, numbers, out):
+    def __init__(self, args, size, length, patch, out):
         super().__init__()
-        self.patch_in, self.token = Linear(numbers, size[1]), nn.Parameter(0.02 * torch.randn(size[1]))
-        self.transformer = Transformer(args, size, length, patches + 1, out)
+        self.patch_in, self.token = Linear(3 * patch**2, size[1]), nn.Parameter(0.02 * torch.randn(size[1]))
+        self.transformer = Transformer(args, size, length, num_patches(patch, args) + 1, out)
 
     def forward(self, patches):
         x = self.patch_in(patches)
@@ -733,7 +733,7 @@ class LatentActionModel(nn.Module):
         self.args, length = args, args.clip_length
         numbers, patches = 3 * args.lam_patch**2, num_patches(args.lam_patch, args)
         self.quantizer = VQ(args, args.num_actions, args.lam_centre)
-        self.encoder = Reader(args, args.lam_encoder, length, patches, numbers, args.latent_dim)
+        self.encoder = Reader(args, args.lam_encoder, length, args.lam_patch, args.latent_dim)
         self.past_in = Linear(numbers, args.lam_decoder[1])
         self.code_in = Linear(args.latent_dim, args.lam_decoder[1])
         self.decoder = Transformer(args, args.lam_decoder, length - 1, patches, numbers, scale=0.0)  # copies at first
@@ -789,9 +789,8 @@ class Policy(nn.Module):
 
     def __init__(self, args, actions):
         super().__init__()
-        self.length = min(4, args.clip_length - 1)
-        self.args, numbers, patches = args, 3 * args.patch**2, num_patches(args.patch, args)
-        self.reader = Reader(replace(args, compile=False), args.lam_encoder, self.length, patches, numbers, actions)
+        self.args, self.length = args, min(4, args.clip_length - 1)
+        self.reader = Reader(replace(args, compile=False), args.lam_encoder, self.length, args.patch, actions)
 
     def forward(self, video):
         """uint8 video (B, T, H, W, 3) -> logits (B, T, A) of what follows each frame."""
@@ -1126,10 +1125,10 @@ def train(args):
 
     # Stage 1, by the first process: video
     if rank == 0:
-        video = record(args, f"{run}/video", stop)
+        record(args, f"{run}/video", stop)
     ending = average(torch.tensor(float(len(stop)), device=device)) > 0
     if not ending:
-        video = (video if rank == 0 else Video(f"{run}/video", args)).index()
+        video = Video(f"{run}/video", args).index()
         agent.prompts.copy_(video.get(video.some_held_out(len(agent.prompts)), device)[0][:, :-1])
 
     # Stages 2 and 3: the tokenizer, then LAM and dynamics
@@ -1197,7 +1196,8 @@ def train(args):
 def clone(args):
     """Appendix E: a policy learns the latent actions of an expert's video; then N labelled steps say what they mean.
     Beside it random play, and the same policy learnt from the true actions."""
-    (agent, _), args.video_dir, rng = load_run(args, args.clone), None, np.random.default_rng(args.seed)
+    agent, _ = load_run(args, args.clone)
+    args.video_dir, rng = None, np.random.default_rng(args.seed)
     if not hasattr(make_env(args).unwrapped, "expert"):
         sys.exit(f"--clone: {args.env_id} has no method expert(), whose actions the video is to show")
     video, device = record(args, f"{args.clone}/expert/{args.env_id}", expert=True).index(), agent.device
