@@ -1198,7 +1198,7 @@ def clone(args):
     Beside it random play, and the same policy learnt from the true actions."""
     agent, _ = load_run(args, args.clone)
     args.video_dir, rng = None, np.random.default_rng(args.seed)
-    if not hasattr(make_env(args).unwrapped, "expert"):
+    if not hasattr(make_envs(args, 1).envs[0].unwrapped, "expert"):
         sys.exit(f"--clone: {args.env_id} has no method expert(), whose actions the video is to show")
     video, device = record(args, f"{args.clone}/expert/{args.env_id}", expert=True).index(), agent.device
     envs = gym.vector.SyncVectorEnv([lambda: make_env(args)] * args.eval_episodes)
