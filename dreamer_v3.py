@@ -783,8 +783,9 @@ class Behaviour(nn.Module):
     def scale(self, returns):
         """What advantages are divided by: max(1, range of returns, 5th to 95th percentile), Eq. 7; updates it."""
         if dist.is_initialized():  # the returns of all processes
-            mine, returns = returns, returns.repeat(dist.get_world_size(), 1)
-            dist.all_gather_single(returns, mine.contiguous())
+            parts = [torch.empty(returns.shape, device=returns.device) for _ in range(dist.get_world_size())]
+            dist.all_gather(parts, returns.contiguous())
+            returns = torch.cat(parts)
         self.return_range.lerp_(torch.stack([returns.quantile(q) for q in (0.05, 0.95)]), self.args.return_rate)
         return (self.return_range[1] - self.return_range[0]).clamp(min=1)
 
