@@ -190,8 +190,8 @@ def parse_args(argv=None):
         least = 0 if type(value) is float or name in zero else 2 if name in ("population", "rollouts") else 1
         if type(value) in (int, float) and not least <= value < math.inf:
             sys.exit(f"--{name.replace('_', '-')} {value}: the least is {least}")
-    if not 0 < args.crop <= 1 or args.temperature == 0:
-        sys.exit("--crop must be above 0 and at most 1, --temperature above 0")
+    if not 0 < args.crop <= 1 or 0 in (args.temperature, args.sigma):
+        sys.exit("--crop must be above 0 and at most 1, --temperature and --sigma above 0")
     if args.obs != "pixels":
         sys.exit(f"--obs {args.obs}: V sees pixels alone")
     return args
@@ -783,7 +783,7 @@ def learn_v(args, agent, rollouts, at):
     steps = np.concatenate([[], *rollouts.episodes(held_out=False)]).astype(int)
     steps = steps[~rollouts.arrays["is_terminal"][steps]]  # ViZDoom's are black
     if not len(steps):
-        sys.exit("no episode was kept but for the one that scores M: collect more, or --shortest less")
+        sys.exit("no episode was kept but for the one that scores M: --resume with more --rollouts, or --shortest less")
     while True:
         chosen = steps[at.rng.integers(len(steps), size=args.vae_batch_size)]
         losses = agent.world_model.vae_loss(rollouts.get(chosen, agent.device, ["image"])["image"])
@@ -1013,7 +1013,8 @@ def train(args):
     (begun, done), tick, frames = saved.get("progress", ([[0, 0], 0], 0, 0))  # iteration and stage, units of it
     longest = limit if args.whole_episodes else -(-limit // args.action_repeat)  # after an end, no action is repeated
     played = begun[0] * args.rollouts + (args.rollouts if begun[1] else min(args.rollouts, done))
-    capacity = saved.get("count", 0) + max(0, args.iterations * args.rollouts - played) * (longest + 1)
+    missing = max(0, args.iterations * args.rollouts - played)  # episodes
+    capacity = max(1, saved.get("count", 0) + missing * (longest + 1))  # an empty file is not mapped
     rollouts = Rollouts(f"{folder}/replay", agent.layout(), capacity, saved.get("count", 0))
     Path(f"{folder}/args.tmp").write_text(json.dumps(asdict(args) | {"script": Args.exp_name}, indent=1))
     os.replace(f"{folder}/args.tmp", f"{folder}/args.json")

@@ -231,15 +231,10 @@ def test_parity_reward_and_end_of_the_dream(golden):
 # V
 
 
-def formula(count, layer, fan, shape):
-    t = np.arange(1, count + 1, dtype=np.float64)
-    v = np.sin(12.9898 * t + 78.233 * (layer + 1)) * 43758.5453
-    return (2 * (v - np.floor(v)) - 1) * (np.sqrt(3 / fan) * 1.2 if fan else 0.05), shape
-
-
 def weights(layer, fan, shape):
-    values, shape = formula(int(np.prod(shape)), layer, fan, shape)
-    return values.reshape(shape)
+    t = np.arange(1, np.prod(shape) + 1, dtype=np.float64).reshape(shape)
+    v = np.sin(12.9898 * t + 78.233 * (layer + 1)) * 43758.5453
+    return (2 * (v - np.floor(v)) - 1) * (np.sqrt(3 / fan) * 1.2 if fan else 0.05)
 
 
 def test_parity_whole_vae(golden, monkeypatch):
@@ -704,14 +699,18 @@ def test_a_loss_that_is_not_finite(tmp_path, monkeypatch):
         ("--population 1", "--population 1"),
         ("--crop 1.5", "--crop"),
         ("--temperature 0", "--temperature"),
+        ("--sigma 0", "--sigma"),
+        ("--shortest 99", "no episode"),
         ("--rollouts 1", "--rollouts 1"),
         ("--batch-length 99", "99"),
     ],
 )
 def test_what_cannot_be_is_refused(tmp_path, monkeypatch, flags, word):
     monkeypatch.setitem(script.sys.modules, "vizdoom", None)  # as if it was not installed
-    result = run_script(script, *RUN, *flags.split(), cwd=tmp_path, code=1)
-    assert word in lines(result.stderr)[-1] and "Traceback" not in result.stderr
+    results = [run_script(script, *RUN, *flags.split(), cwd=tmp_path, code=1)]
+    results += [run_script(script, "--resume", run, cwd=tmp_path, code=1) for run in tmp_path.glob("runs/*")]
+    for result in results:
+        assert word in lines(result.stderr)[-1] and "Traceback" not in result.stderr
 
 
 @pytest.mark.parametrize("kwargs, words", [("length 1", ""), ("length 999999", "names no time limit")])
