@@ -105,7 +105,7 @@ class Args:
     crop: float = 1.0  # share of the image's rows, from the top, that V sees
     stoch: int = 32  # numbers of the latent z
     depth: int = 32  # V: channels of the first convolution, then times 2, 4, 8
-    kl_tolerance: float = 0.5  # V: nats for each of the latent's numbers, below whose sum the KL gives no gradient
+    kl_tolerance: float = 0.5  # V: nats for each number of the latent; a KL below their sum gives no gradient
     vae_updates: int = 1_000_000  # V: updates; the code's 10 epochs of 10M frames (paper: 1 epoch)
     vae_batch_size: int = 100  # V: frames of a batch
     vae_rate: float = 1e-4  # V: learning rate
@@ -319,10 +319,10 @@ class Rollouts:
         needed, free = capacity * sum(sizes.values()) - sum(held.values()), shutil.disk_usage(folder).free
         if needed > free:
             sys.exit(f"{folder} needs {needed / 1e9:.1f} GB, {free / 1e9:.1f} are free: make room, or lower --rollouts")
-        allocate = getattr(os, "posix_fallocate", lambda file, _, size: os.truncate(file, size))  # on macOS
         for key, (shape, dtype) in layout.items():
             with open(f"{folder}/{key}", "r+b" if key in held else "wb") as file:
-                allocate(file.fileno(), 0, capacity * sizes[key])
+                if hasattr(os, "posix_fallocate"):  # not on macOS, where the memory map makes the file grow
+                    os.posix_fallocate(file.fileno(), 0, capacity * sizes[key])
             self.arrays[key] = np.memmap(f"{folder}/{key}", dtype, "r+", shape=(capacity, *shape))
 
     def add(self, episode):
@@ -375,11 +375,6 @@ def mdn_sample(logits, mean, log_std, temperature, normal, uniform):
     return mean + log_std.exp() * math.sqrt(temperature) * normal
 
 
-def tanh(x):
-    """From the sigmoid, which a CPU computes several times as fast."""
-    return 2 * (2 * x).sigmoid() - 1
-
-
 # === Networks =========================================================================================================
 
 
@@ -391,7 +386,7 @@ def initialise(module):
 
 
 class Encoder(nn.Module):
-    """V's first half: images (..., 64, 64, C) -> embed (..., 2 S), mean and log-variance of the latent."""
+    """V's first half: images (N, 64, 64, C), bytes -> embed (N, 2 S), mean and log-variance of the latent."""
 
     def __init__(self, args, channels):
         super().__init__()
@@ -401,13 +396,13 @@ class Encoder(nn.Module):
 
     def forward(self, image):
         with torch.autocast(image.device.type, torch.bfloat16, enabled=self.args.amp):
-            x = self.convs(image.flatten(0, -4).permute(0, 3, 1, 2) / 255)
+            x = self.convs(image.permute(0, 3, 1, 2) / 255)
         x = x.flatten(1).to(self.mean.weight.dtype)
-        return torch.cat([self.mean(x), self.logvar(x)], -1).unflatten(0, image.shape[:-3])
+        return torch.cat([self.mean(x), self.logvar(x)], -1)
 
 
 class Decoder(nn.Module):
-    """V's second half: latents (..., S) -> images (..., 64, 64, C) in [0, 1]."""
+    """V's second half: latents (N, S) -> images (N, 64, 64, C) in [0, 1]."""
 
     def __init__(self, args, channels):
         super().__init__()
@@ -419,8 +414,8 @@ class Decoder(nn.Module):
 
     def forward(self, stoch):
         with torch.autocast(stoch.device.type, torch.bfloat16, enabled=self.args.amp):
-            x = self.convs(self.map(stoch.flatten(0, -2)).unflatten(-1, (-1, 1, 1)))
-        return x.to(stoch.dtype).sigmoid().permute(0, 2, 3, 1).unflatten(0, stoch.shape[:-1])
+            x = self.convs(self.map(stoch).unflatten(-1, (-1, 1, 1)))
+        return x.to(stoch.dtype).sigmoid().permute(0, 2, 3, 1)
 
 
 # === World model ======================================================================================================
@@ -452,8 +447,8 @@ class MDNRNN(nn.Module):
         with torch.autocast(h.device.type, torch.bfloat16, enabled=self.args.amp):
             gates = self.gates(torch.cat([*x, h], -1))
         i, j, f, o = gates.to(c.dtype).chunk(4, -1)
-        c = (f + 1).sigmoid() * c + i.sigmoid() * tanh(j)
-        return torch.cat([o.sigmoid() * tanh(c), c], -1)
+        c = (f + 1).sigmoid() * c + i.sigmoid() * j.tanh()
+        return torch.cat([o.sigmoid() * c.tanh(), c], -1)
 
     def mixture(self, deter):
         """(..., D) -> logits, means, log-deviations of the latent, each (..., S, K)."""
@@ -497,10 +492,9 @@ class WorldModel(nn.Module):
     def frame(self, obs):
         """Observations (B, ...) -> what V sees, uint8 (B, 64, 64, C): the upper rows of all images, resized."""
         image = torch.cat([obs[key] for key in self.spaces], -1).permute(0, 3, 1, 2)
-        image = image[:, :, : round(self.args.crop * image.shape[2])]
-        if image.shape[2:] != (SIDE, SIDE):
-            image = F.interpolate(image.float(), (SIDE, SIDE), mode="bilinear", antialias=True).round().byte()
-        return image.permute(0, 2, 3, 1)
+        image = image[:, :, : round(self.args.crop * image.shape[2])].float()
+        image = F.interpolate(image, (SIDE, SIDE), mode="bilinear", antialias=True)
+        return image.round().byte().permute(0, 2, 3, 1)
 
     def vae_loss(self, image):
         """V's losses (N,) by name, from images (N, 64, 64, C); arXiv:1803.10122v4, appendix, Variational Autoencoder.
@@ -539,7 +533,7 @@ class WorldModel(nn.Module):
 
     def decode(self, feat):
         """(B, T, F) -> observations as the environment gives them, key -> (B, T, ...); black where V sees nothing."""
-        size = next(iter(self.spaces.values())).shape[0]
+        size = self.args.image_size
         image = self.decoder(feat[..., 2 * self.args.deter :].flatten(0, 1)).permute(0, 3, 1, 2)
         image = F.interpolate(image, (round(self.args.crop * size), size), mode="bilinear", antialias=True)
         image = F.pad(image, (0, 0, 0, size - image.shape[2])).permute(0, 2, 3, 1).unflatten(0, feat.shape[:2])
@@ -558,9 +552,9 @@ class Controller(nn.Module):
         self.args, self.discrete = args, discrete
         if args.moves and not (discrete and action_dim == 3):
             sys.exit("--moves is for three discrete actions")
-        sizes = [args.stoch + len(args.controller_inputs[1:]) * args.deter, args.controller_hidden]
-        sizes = [size for size in (*sizes, 1 if args.moves else action_dim) if size]
-        self.layers, self.outputs = list(pairwise(sizes)), sizes[-1]
+        self.outputs = 1 if args.moves else action_dim
+        sizes = args.stoch + len(args.controller_inputs[1:]) * args.deter, args.controller_hidden, self.outputs
+        self.layers = list(pairwise(filter(None, sizes)))  # a hidden layer of no units is none
         count = sum((inp + args.controller_bias) * out for inp, out in self.layers)
         self.register_buffer("params", torch.zeros(count))
 
@@ -569,11 +563,11 @@ class Controller(nn.Module):
         With those of several controllers, (P, W), states are (P, R, ...)."""
         params = self.params if params is None else params
         h, c = deter.chunk(2, -1)
-        x = torch.cat([stoch, *{"z": [], "zh": [h], "zch": [c, h]}[self.args.controller_inputs]], -1)
+        x = torch.cat([{"z": stoch, "c": c, "h": h}[name] for name in self.args.controller_inputs], -1)
         for inp, out in self.layers:
             biases = out * self.args.controller_bias
             bias, weight, params = params.tensor_split([biases, biases + inp * out], -1)
-            x = x @ weight.unflatten(-1, (inp, out)).mT.contiguous().mT  # the layout that a CPU multiplies faster
+            x = x @ weight.unflatten(-1, (inp, out))
             x = (x + bias.unsqueeze(-2) if biases else x).tanh()
         return x
 
@@ -625,8 +619,7 @@ class Agent(nn.Module):
         self.args, self.device = args, torch.device(device)
         self.discrete = isinstance(action_space, gym.spaces.Discrete)
         self.action_dim = int(action_space.n) if self.discrete else action_space.shape[0]
-        images = {key: space for key, space in sorted(spaces.items()) if space.dtype == np.uint8}
-        self.world_model = WorldModel(args, images, self.action_dim)
+        self.world_model = WorldModel(args, spaces, self.action_dim)
         self.behaviour = Controller(args, self.action_dim, self.discrete)
         self.apply(initialise).to(device)
         self.trained = list(self.parameters())
@@ -638,9 +631,9 @@ class Agent(nn.Module):
 
     def layout(self):
         """What the rollouts hold of each step: key -> (shape, dtype)."""
-        image, action, embed = (SIDE, SIDE, sum(self.world_model.channels)), (self.action_dim,), (2 * self.args.stoch,)
-        flags = {key: ((), "bool") for key in FLAGS} | dict(image=(image, "uint8"), reward=((), "float32"))
-        return flags | dict(action=(action, "float32"), embed=(embed, "float32"))
+        layout = dict(image=((SIDE, SIDE, sum(self.world_model.channels)), "uint8"), reward=((), "float32"))
+        layout |= dict(action=((self.action_dim,), "float32"), embed=((2 * self.args.stoch,), "float32"))
+        return layout | {key: ((), "bool") for key in FLAGS}
 
     def initial(self, num_envs):
         """What acting carries from step to step, at the start: deter, stoch, action (num_envs, A)."""
@@ -664,8 +657,8 @@ class Agent(nn.Module):
         return (action.argmax(-1) if self.discrete else action.clamp(-1, 1)).cpu().numpy()
 
     def update(self, losses, rate, decay, clip=math.inf):
-        """A step of Adam on the sum of the losses (...) by name -> metrics by key. The rate falls to 1e-5; each number
-        of the gradient is clipped."""
+        """A step of Adam on the sum of the losses (...) by name -> metrics by key. `decay`: what is left of the rate
+        above 1e-5. Each number of the gradient is clipped."""
         metrics = {f"losses/{key}": loss.mean() for key, loss in losses.items()}
         self.optimizer.zero_grad()
         sum(metrics.values()).backward()
@@ -673,8 +666,7 @@ class Agent(nn.Module):
         nn.utils.clip_grad_value_(self.trained, clip)
         self.optimizer.param_groups[0]["lr"] = (rate - 1e-5) * decay + 1e-5
         self.optimizer.step()
-        values = torch.stack([value.detach().float() for value in metrics.values()]).tolist()
-        return dict(zip(metrics, values, strict=True))
+        return {key: value.item() for key, value in metrics.items()}
 
 
 WORKER = {}  # of a worker process: its agent and its environment
@@ -730,8 +722,9 @@ def rollout(seed, params=None, video=None, policy="controller", noise=0.0, patie
     if params is not None:
         behaviour.params.copy_(torch.as_tensor(params))
     obs, _ = env.reset(seed=seed)
-    carry, output, kept, reward = agent.initial(1), torch.zeros(1, behaviour.outputs), [], 0.0
-    total, steps, idle, hold, terminated, ended, over = 0.0, 0, 0, 1, False, False, False
+    carry, output, kept = agent.initial(1), torch.zeros(1, behaviour.outputs), []
+    total, reward, steps, idle, hold = 0.0, 0.0, 0, 0, 1
+    terminated = ended = over = False
     while True:
         obs = to_tensors({key: value[None] for key, value in obs.items()}, agent.device)
         if keep:
@@ -750,13 +743,14 @@ def rollout(seed, params=None, video=None, policy="controller", noise=0.0, patie
             output = (output + noise * torch.randn_like(output)).clamp(-1, 1)
         carry = *carry[:2], behaviour.action(output)
         obs, reward, terminated, truncated, info = env.step(agent.env_action(carry[2])[0])
-        reward, terminated = 0.0 if ended else float(reward), terminated and not ended
-        ended, total, steps, idle = ended or terminated, total + reward, steps + 1, 0 if reward > 0 else idle + 1
+        reward, terminated = (0.0, False) if ended else (float(reward), terminated)  # after an end nothing counts
+        total, steps, idle = total + reward, steps + 1, 0 if reward > 0 else idle + 1
+        ended = ended or terminated
         over = truncated or idle >= patience or (ended and not (keep and agent.args.whole_episodes))
     if video:
         env.close()
     kept = {key: np.stack([step[key] for step in kept]) for key in (kept[0] if kept else ())}
-    return total, steps, kept, info.get("log", {})
+    return total, steps, kept, info["log"]
 
 
 # The stages, as generators: each yields the numbers of a unit that is done, and the frames that it took. `at` says how
@@ -780,10 +774,11 @@ def collect(args, agent, rollouts, at):
 
 def learn_v(args, agent, rollouts, at):
     """V, from frames of the episodes that are not held out."""
-    steps = np.concatenate([[], *rollouts.episodes(held_out=False)]).astype(int)
-    steps = steps[~rollouts.arrays["is_terminal"][steps]]  # ViZDoom's are black
-    if not len(steps):
+    episodes = rollouts.episodes(held_out=False)
+    if not episodes:
         sys.exit("no episode was kept but for the one that scores M: --resume with more --rollouts, or --shortest less")
+    steps = np.concatenate(episodes)
+    steps = steps[~rollouts.arrays["is_terminal"][steps]]  # ViZDoom's are black
     while True:
         chosen = steps[at.rng.integers(len(steps), size=args.vae_batch_size)]
         losses = agent.world_model.vae_loss(rollouts.get(chosen, agent.device, ["image"])["image"])
@@ -827,8 +822,8 @@ def learn_m(args, agent, rollouts, at):
 
 @torch.no_grad()
 def score_m(agent, rollouts):
-    """M's losses on 20 held-out episodes and, beside them, that of a Gaussian around the latent of the step before with
-    the deviations that are there: negative log-likelihoods in nats for each number of the latent."""
+    """M's losses on 20 held-out episodes: the latent's in nats for each of its numbers and, to compare, that of a
+    Gaussian around the latent of the step before, with the deviations that these episodes have."""
     model, steps = agent.world_model, np.concatenate(rollouts.episodes(held_out=True)[:20])
     data = rollouts.get(steps[None], agent.device)
     losses, _ = model.loss(data, model.rssm.initial(1))
@@ -889,7 +884,7 @@ def evolve(args, agent, rollouts, at):
 
 @torch.no_grad()
 def dream_starts(agent, rollouts, count):
-    """States that dreams start from, of what was collected: deter (R, D), stoch (R, S)."""
+    """States that `count` dreams start from, at random steps of what was collected: deter (R, D), stoch (R, S)."""
     rssm, context = agent.world_model.rssm, agent.args.dream_context
     flag = ~rollouts.arrays["is_last"] if context else rollouts.arrays["is_first"]
     last = np.flatnonzero(flag[: rollouts.count])
