@@ -840,9 +840,10 @@ def evolve(args, agent, rollouts, at):
     import cma
 
     in_dream = args.train_controller_in == "dream"
-    at.memory = memory = at.memory or dict(start=agent.behaviour.params.clone(), costs=[], best=-math.inf)
     options = dict(popsize=args.population, seed=args.seed + 1, verbose=-9)
-    es = cma.CMAEvolutionStrategy(memory["start"].cpu().numpy(), args.sigma, options)
+    begin = dict(start=agent.behaviour.params.clone(), sigma=args.sigma, options=options, costs=[], best=-math.inf)
+    at.memory = memory = begin | at.memory
+    es = cma.CMAEvolutionStrategy(memory["start"].cpu().numpy(), memory["sigma"], memory["options"])
     for costs in memory["costs"]:  # told again, they bring it back
         es.tell(es.ask(), costs)
     tensor = partial(torch.as_tensor, dtype=torch.float32, device=agent.device)

@@ -609,7 +609,8 @@ def test_a_run_that_was_stopped_goes_on_exactly(whole, tmp_path, monkeypatch, at
     shutil.copytree(run, fewer)
     run_script(script, "--resume", run, cwd=tmp_path)
     same_runs(whole(flags), run)
-    run_script(script, "--resume", fewer, "--iterations", 1, "--rollouts", 2, "--batch-size", 1, cwd=tmp_path)
+    flags = "--iterations 1 --rollouts 2 --batch-size 1 --population 5".split()
+    run_script(script, "--resume", fewer, *flags, cwd=tmp_path)
 
 
 @pytest.mark.slow
