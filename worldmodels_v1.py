@@ -885,7 +885,7 @@ def evolve(args, agent, rollouts, at):
 
 @torch.no_grad()
 def dream_starts(agent, rollouts, count):
-    """States that `count` dreams start from, at random steps of what was collected: deter (R, D), stoch (R, S)."""
+    """States that `count` dreams start from, drawn from what was collected: deter (R, D), stoch (R, S)."""
     rssm, context = agent.world_model.rssm, agent.args.dream_context
     flag = ~rollouts.arrays["is_last"] if context else rollouts.arrays["is_first"]
     last = np.flatnonzero(flag[: rollouts.count])
