@@ -256,7 +256,7 @@ def make_env(args, video=None):
         env = gym.wrappers.TransformAction(env, lambda index: index + action.start, gym.spaces.Discrete(action.n))
     elif isinstance(action, gym.spaces.Box) and action.dtype.kind == "f" and np.ptp([action.low, action.high]) < 1e30:
         low, half = action.low, (action.high - action.low) / 2
-        scale = lambda x: np.clip(low + half * (1 + x.reshape(low.shape)), low, action.high)  # noqa: E731
+        scale = lambda x: np.clip(low + half * (1 + x.reshape(low.shape)), low, action.high)
         env = gym.wrappers.TransformAction(env, scale, gym.spaces.Box(-1, 1, (low.size,)))
     else:
         raise ValueError(f"actions are neither Discrete nor a Box of floats with bounds: {action}")
@@ -672,7 +672,7 @@ class Behaviour(nn.Module):
         if args.predict_continue:  # the authors' code: the last may be the end
             deter, stoch = deter[:, :-1], stoch[:, :-1]
         start = deter.detach().flatten(0, 1), stoch.detach().flatten(0, 1)
-        policy = lambda feat: actor.sample(feat.detach())  # noqa: E731
+        policy = lambda feat: actor.sample(feat.detach())
         # paper: with the start, which the authors' code leaves out
         imag_feat, imag_action = world_model.rssm.imagine(start, policy, args.imagination_horizon)
         reward = world_model.reward(imag_feat)  # (N, H)

@@ -259,8 +259,8 @@ def make_env(args, video=None):
         full = suite == "atari"
         env = gym.make(game, frameskip=1, full_action_space=full, repeat_action_probability=0.25 * full, **options)
         env = gym.wrappers.AtariPreprocessing(env, frame_skip=repeat, screen_size=(160, 210), grayscale_obs=False)
-        shrink = lambda x: np.asarray(Image.fromarray(x).resize((size, size), Image.BILINEAR))  # noqa: E731
-        grey = lambda x: (shrink(x) * [0.299, 0.587, 1 - (0.299 + 0.587)]).sum(-1)[..., None].astype("u1")  # noqa: E731
+        shrink = lambda x: np.asarray(Image.fromarray(x).resize((size, size), Image.BILINEAR))
+        grey = lambda x: (shrink(x) * [0.299, 0.587, 1 - (0.299 + 0.587)]).sum(-1)[..., None].astype("u1")
         space = gym.spaces.Box(0, 255, (size, size, 1 if full else 3), np.uint8)
         env = gym.wrappers.TransformObservation(env, grey if full else shrink, space)
     else:
@@ -279,7 +279,7 @@ def make_env(args, video=None):
         env = gym.wrappers.TransformAction(env, lambda index: index + action.start, gym.spaces.Discrete(action.n))
     elif isinstance(action, gym.spaces.Box) and action.dtype.kind == "f" and np.ptp([action.low, action.high]) < 1e30:
         low, half = action.low, (action.high - action.low) / 2
-        scale = lambda x: np.clip(low + half * (1 + x.reshape(low.shape)), low, action.high)  # noqa: E731
+        scale = lambda x: np.clip(low + half * (1 + x.reshape(low.shape)), low, action.high)
         env = gym.wrappers.TransformAction(env, scale, gym.spaces.Box(-1, 1, (low.size,)))
     else:
         raise ValueError(f"actions are neither Discrete nor a Box of floats with bounds: {action}")

@@ -286,7 +286,7 @@ def make_env(args, video=None):
         env = gym.wrappers.TransformAction(env, lambda index: index + action.start, gym.spaces.Discrete(action.n))
     elif isinstance(action, gym.spaces.Box) and action.dtype.kind == "f" and np.ptp([action.low, action.high]) < 1e30:
         low, half = action.low, (action.high - action.low) / 2
-        scale = lambda x: np.clip(low + half * (1 + x.reshape(low.shape)), low, action.high)  # noqa: E731
+        scale = lambda x: np.clip(low + half * (1 + x.reshape(low.shape)), low, action.high)
         env = gym.wrappers.TransformAction(env, scale, gym.spaces.Box(-1, 1, (low.size,)))
     else:
         raise ValueError(f"actions are neither Discrete nor a Box of floats with bounds: {action}")
@@ -506,7 +506,7 @@ def perplexity(counts):
 
 def mutual_information(a, b):
     """Of two tensors of classes, as a share of the mean of their entropies: 0 independent, 1 the same up to names."""
-    entropy = lambda x: perplexity(x.flatten().bincount().double()).log().item()  # noqa: E731
+    entropy = lambda x: perplexity(x.flatten().bincount().double()).log().item()
     both = entropy(a) + entropy(b)
     return 2 * (1 - entropy(a * (b.max() + 1) + b) / both) if both > 0 else 0.0
 
@@ -515,7 +515,7 @@ def draw_masks(shape, clean_context, device):
     """Which tokens (B, T, N) the dynamics do not see: a share between 0.5 and 1 of each clip, but for its first frame
     (section 2.1) and, in the share `clean_context` of clips, for all frames up to a random one."""
     B, T, N = shape
-    rand = lambda *size: torch.rand(size, device=device)  # noqa: E731
+    rand = lambda *size: torch.rand(size, device=device)
     masked = rand(B, T, N) < 0.5 + 0.5 * rand(B, 1, 1)
     clean = torch.where(rand(B) < clean_context, (rand(B) * (T - 1)).long(), 0)
     return masked & (torch.arange(T, device=device)[:, None] > clean[:, None, None])
@@ -896,7 +896,7 @@ class Agent(nn.Module):
         with self.autocast():
             code = F.pad(F.embedding(action, self.lam.quantizer.codes()), (0, 0, 1, 0))  # (B, t + 1, D)
             past = self.dynamics(ids, code[:, :-1])[1]
-            predict = lambda new: self.dynamics(new.unsqueeze(1), code[:, -1:], past)[0].squeeze(1)  # noqa: E731
+            predict = lambda new: self.dynamics(new.unsqueeze(1), code[:, -1:], past)[0].squeeze(1)
             masked = torch.full_like(ids[:, 0], args.num_codes)  # (B, N)
             return maskgit_sample(predict, masked, args.num_codes, args.maskgit_steps, args.temperature)
 

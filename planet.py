@@ -245,7 +245,7 @@ def make_env(args, video=None):
         env = gym.wrappers.TransformAction(env, lambda index: index + action.start, gym.spaces.Discrete(action.n))
     elif isinstance(action, gym.spaces.Box) and action.dtype.kind == "f" and np.ptp([action.low, action.high]) < 1e30:
         low, half = action.low, (action.high - action.low) / 2
-        scale = lambda x: np.clip(low + half * (1 + x.reshape(low.shape)), low, action.high)  # noqa: E731
+        scale = lambda x: np.clip(low + half * (1 + x.reshape(low.shape)), low, action.high)
         env = gym.wrappers.TransformAction(env, scale, gym.spaces.Box(-1, 1, (low.size,)))
     else:
         raise ValueError(f"actions are neither Discrete nor a Box of floats with bounds: {action}")
@@ -703,7 +703,7 @@ class Agent(nn.Module):
         args = self.args
         iterations, elites = (1, 1) if args.planner == "random-shooting" else (args.iterations, args.elites)
         shape = len(deter), args.candidates, args.planning_horizon, self.action_dim
-        objective = lambda x: predicted_return(self.world_model, (deter, stoch), self.to_onehot(x))  # noqa: E731
+        objective = lambda x: predicted_return(self.world_model, (deter, stoch), self.to_onehot(x))
         return self.to_onehot(plan(objective, shape, iterations, elites, self.device)[:, 0])
 
     def to_onehot(self, action):

@@ -160,7 +160,7 @@ def serve(script, dream, run, seed, start, port):
                 self.wfile.write((page if self.command == "GET" else act(keys)).encode())
 
         do_POST = do_GET
-        log_message = lambda *_: None  # noqa: E731
+        log_message = lambda *_: None
 
     server = http.server.HTTPServer(("127.0.0.1", port), Handler)
     port = server.server_port

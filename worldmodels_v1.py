@@ -294,7 +294,7 @@ def make_env(args, video=None):
         env = gym.wrappers.TransformAction(env, lambda index: index + action.start, gym.spaces.Discrete(action.n))
     elif isinstance(action, gym.spaces.Box) and action.dtype.kind == "f" and np.ptp([action.low, action.high]) < 1e30:
         low, half = action.low, (action.high - action.low) / 2
-        scale = lambda x: np.clip(low + half * (1 + x.reshape(low.shape)), low, action.high)  # noqa: E731
+        scale = lambda x: np.clip(low + half * (1 + x.reshape(low.shape)), low, action.high)
         env = gym.wrappers.TransformAction(env, scale, gym.spaces.Box(-1, 1, (low.size,)))
     else:
         raise ValueError(f"actions are neither Discrete nor a Box of floats with bounds: {action}")
@@ -688,7 +688,7 @@ def start_worker(args, weights):
 def draw_seldom(game, repeat):
     """CarRacing draws a frame at each step, 98 % of the time: now only the last of a repeated action, which is seen."""
     draw, rate = game._render, game.metadata["render_fps"]
-    unseen = lambda mode: mode == "state_pixels" and (round(game.t * rate) - 1) % repeat  # noqa: E731
+    unseen = lambda mode: mode == "state_pixels" and (round(game.t * rate) - 1) % repeat
     game._render = lambda mode: game.state if unseen(mode) else draw(mode)
 
 

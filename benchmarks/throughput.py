@@ -184,7 +184,7 @@ def measure(script, flags, options):
         obs = script.to_tensors(obs, device)
         obs |= {key: torch.zeros(envs, dtype=torch.bool, device=device) for key in script.FLAGS}
         act, carry = script.Graph(agent.act, device), agent.initial(envs)
-        call = lambda act=act, obs=obs, carry=carry: act(obs, carry)  # noqa: E731
+        call = lambda act=act, obs=obs, carry=carry: act(obs, carry)
         timing = row["act"][envs] = clock(call, options.act_repeats, device, warm=5 if options.act_repeats > 5 else 1)
         if "update_gflop" in row:
             with CountOperations() as counter:
@@ -257,7 +257,7 @@ def measure_stages(script, flags, options):
     data = dict(embed=torch.zeros(*shape, 2 * args.stoch), action=torch.zeros(*shape, agent.action_dim))
     data |= dict(reward=torch.zeros(shape), is_first=torch.zeros(shape) > 0, is_terminal=torch.zeros(shape) > 0)
     data, start = {key: value.to(device) for key, value in data.items()}, model.rssm.initial(shape[0])
-    learn_m = lambda: agent.update(model.loss(data, start)[0], args.rnn_rate, 1.0, args.clip)  # noqa: E731
+    learn_m = lambda: agent.update(model.loss(data, start)[0], args.rnn_rate, 1.0, args.clip)
     rate("rnn_frames_per_s", data["reward"].numel(), learn_m)
 
     torch.nn.init.constant_(model.continue_head.bias, 1e3)  # no dream ends
@@ -267,7 +267,7 @@ def measure_stages(script, flags, options):
         if p == 1 and device.type == "cpu":
             args.amp = False  # one dream is faster in float32
         start = model.rssm.initial(r)
-        dreams = lambda p=p, start=start: script.dream_returns(agent, params[:p], start, steps)  # noqa: E731
+        dreams = lambda p=p, start=start: script.dream_returns(agent, params[:p], start, steps)
         rate(f"dream_steps_per_s{name}", p * r * steps, dreams)
     row["times_as_fast_as_one_by_one"] = row["dream_steps_per_s"] / row["dream_steps_per_s_one_by_one"]
     dream = script.Dream(agent, Still(spaces, moves))
@@ -280,7 +280,7 @@ def measure_stages(script, flags, options):
         with script.Workers(dataclasses.replace(args, num_envs=1), agent) as workers:
             workers.submit(script.rollout, 0).result()  # by then the process has started
             (process,) = workers._processes
-            spent = lambda: time.clock_gettime(~process << 3 | 2)  # noqa: E731, CPU time of a process, on Linux
+            spent = lambda: time.clock_gettime(~process << 3 | 2)  # CPU time of a process, on Linux
             before = spent()
             frames = sum(steps * args.action_repeat for _, steps, *_ in workers.map(script.rollout, (1, 2, 3)))
             row["env_frames_per_s_per_core"] = frames / (spent() - before)
@@ -310,7 +310,7 @@ def measure_video(script, flags, options):
             shape = size, args.clip_length, args.image_size, args.image_width, 3
             video = torch.randint(0, 256, shape, dtype=torch.uint8, device=device)
             update = graph(partial(agent.update, stage), device)
-            call = lambda update=update, video=video: update(video)  # noqa: E731
+            call = lambda update=update, video=video: update(video)
             rate(f"{name}_frames_per_s{suffix}", size * args.clip_length, call, device)
         dream = script.Dream(agent, agent.prompts)
         dream.generate = graph(agent.generate, device)

@@ -52,7 +52,7 @@ def replaced(queue, *places):
 def draws(**queue):
     """The same for one of PyTorch's functions, `draws(randn_like=noise)`, and for what its distributions draw."""
     ((name, noise),) = queue.items()
-    plain, normal = lambda take, like, *_: take(like), torch.distributions.normal  # noqa: E731
+    plain, normal = lambda take, like, *_: take(like), torch.distributions.normal
     return replaced(noise, (torch, name, plain), (normal, "_standard_normal", plain))
 
 

@@ -68,7 +68,7 @@ class InPlace:
         self.function, self.inputs, self.outputs = function, None, None
 
     def __call__(self, *inputs):
-        put = lambda mine, new: tree_map(torch.Tensor.copy_, mine, new) if mine else tree_map(torch.clone, new)  # noqa: E731
+        put = lambda mine, new: tree_map(torch.Tensor.copy_, mine, new) if mine else tree_map(torch.clone, new)
         self.inputs = put(self.inputs, inputs)
         self.outputs = put(self.outputs, self.function(*self.inputs))
         return self.outputs

@@ -84,7 +84,7 @@ class Case(Recorded):
 
     def noise(self, step, *parts):
         """What a recorded update drew: noise of the posterior, of actions and states that are imagined."""
-        read = lambda name: tensor(self.golden[f"step{step}/noise/{name}"])  # noqa: E731
+        read = lambda name: tensor(self.golden[f"step{step}/noise/{name}"])
         noise = list(read("post").unbind(1)) if "post" in parts else []
         if "imagined" in parts:
             noise += [x for pair in zip(read("imag_action"), read("imag_state"), strict=True) for x in pair]
@@ -184,7 +184,7 @@ def tanh_normal(mean, std):
 
 
 def test_parity_tanh_normal(functions):
-    read, actor = lambda name: tensor(functions[f"tanh_normal/{name}"]), an_actor(discrete=False)  # noqa: E731
+    read, actor = lambda name: tensor(functions[f"tanh_normal/{name}"]), an_actor(discrete=False)
     policy = tanh_normal(read("mean"), read("std"))
     with draws(randn_like=[read("eps")]):
         close(policy.rsample(), functions["tanh_normal/sample"])
@@ -200,7 +200,7 @@ def test_parity_tanh_normal(functions):
 
 
 def test_parity_gru(functions):
-    read = lambda name: tensor(functions[f"keras_gru/{name}"])  # noqa: E731
+    read = lambda name: tensor(functions[f"keras_gru/{name}"])
     x, h = read("x").requires_grad_(), read("h").requires_grad_()
     inp, deter = x.shape[1], h.shape[1]
     rssm = script.RSSM(script.Args(deter=deter, hidden=inp, stoch=inp), 1, 1).to(DEVICE)

@@ -74,7 +74,7 @@ class Case(Recorded):
 
     def noise(self, step, *parts):
         """What a recorded update drew: of the posterior, of actions and states that are imagined."""
-        read = lambda name: tensor(self.golden[f"step{step}/noise/{name}"])  # noqa: E731
+        read = lambda name: tensor(self.golden[f"step{step}/noise/{name}"])
         queue = list(read("post").unbind(1)) if "post" in parts else []
         if "imagined" in parts:
             actions = read("imag_action" if self.discrete else "imag_action_u")
@@ -85,7 +85,7 @@ class Case(Recorded):
         def onehot(take, probs):
             return F.one_hot(take(probs).argmax(-1), probs.shape[-1]).float() + (probs - probs.detach())
 
-        normal = lambda take, like: take(like[..., 0]).unsqueeze(-1)  # noqa: E731
+        normal = lambda take, like: take(like[..., 0]).unsqueeze(-1)
         uniform = torch, "rand_like", lambda take, like: take(like)
         return replaced(noise, (script, "sample_onehot", onehot), (torch, "randn_like", normal), uniform)
 
@@ -190,7 +190,7 @@ def test_parity_behaviour(case):
 
 
 def test_parity_kl(functions):
-    read = lambda name: tensor(functions[name])  # noqa: E731
+    read = lambda name: tensor(functions[name])
     close(script.kl_divergence(read("kl_onehot/logits_p"), read("kl_onehot/logits_q")), functions["kl_onehot/kl"])
     post, prior = (read(f"kl_balance/{name}_logit").requires_grad_() for name in ("post", "prior"))
     checked = 0
@@ -213,7 +213,7 @@ def truncated_normal(loc, scale):
 
 
 def test_parity_truncated_normal(functions, monkeypatch):
-    read = lambda name: tensor(functions[f"trunc_normal/{name}"])  # noqa: E731
+    read = lambda name: tensor(functions[f"trunc_normal/{name}"])
     parameters = read("loc").requires_grad_(), read("scale").requires_grad_()
     policy = truncated_normal(*parameters)
     monkeypatch.setattr(torch, "rand_like", lambda _: read("sample_cdf_u"))
@@ -230,7 +230,7 @@ def test_parity_truncated_normal(functions, monkeypatch):
 
 
 def test_parity_gru(functions):
-    read = lambda name: tensor(functions[f"ln_gru/{name}"])  # noqa: E731
+    read = lambda name: tensor(functions[f"ln_gru/{name}"])
     x, h = read("x").requires_grad_(), read("h").requires_grad_()
     inp, deter = x.shape[1], h.shape[1]
     args = script.Args(deter=deter, hidden=inp, stoch=1, classes=inp)

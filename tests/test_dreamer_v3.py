@@ -25,7 +25,7 @@ class Case(Recorded):
 
     def __init__(self, path):
         self.golden = golden = np.load(path)
-        shape = lambda name: golden[f"param/{name}"].shape  # noqa: E731
+        shape = lambda name: golden[f"param/{name}"].shape
         discrete = "param/pol/head/action/logits/kernel" in golden
         blocks, _, per_block = shape("dyn/dynhid0/kernel")
         S, K = golden["post/stoch"].shape[2:]
@@ -130,7 +130,7 @@ class Case(Recorded):
             pairs = zip(action.unbind(1), states, strict=False)
             queue += [sample for pair in pairs for sample in pair]
 
-        onehot = lambda take, probs: take(probs) + (probs - probs.detach())  # noqa: E731
+        onehot = lambda take, probs: take(probs) + (probs - probs.detach())
         normal = script.Normal, "rsample", lambda take, policy, _: take(policy.mean)
         return replaced(queue, (script, "sample_onehot", onehot), normal)
 
@@ -258,7 +258,7 @@ def test_parity_updates(case, request, monkeypatch):
     case.load("param0/", opt)
     names = {name: parameter for name, parameter in agent.named_parameters() if parameter.requires_grad}
     slow = {name: p for name, p in agent.named_parameters() if not p.requires_grad}
-    golden = lambda name, prefix: case.parameter(prefix, name, opt)  # noqa: E731
+    golden = lambda name, prefix: case.parameter(prefix, name, opt)
 
     def golden_slow(name, i):
         theirs, kind = case.names[name]
@@ -327,7 +327,7 @@ def test_parity_layers(functions):
     close(norm(tensor(functions["rms/x"])), functions["rms/y"])
     close(block(tensor(functions["block/x"])), functions["block/y"])
     x = tensor(functions["conv/x"])
-    plain = lambda x: F.conv2d(x, conv.weight, conv.bias, padding=2).permute(0, 2, 3, 1)  # noqa: E731
+    plain = lambda x: F.conv2d(x, conv.weight, conv.bias, padding=2).permute(0, 2, 3, 1)
     close(plain(x.permute(0, 3, 1, 2)), functions["conv/y"])
     close(conv(x), functions["conv/y_maxpool2"])
     upsampled = F.interpolate(plain(x.permute(0, 3, 1, 2)).permute(0, 3, 1, 2), scale_factor=2).permute(0, 2, 3, 1)
@@ -487,7 +487,7 @@ def test_who_learns_from_what(small):
     learners |= {"recon_loss_image": model | {"decoder"}, "recon_loss_vector": model | {"decoder"}}
     learners |= {"actor_loss": {"actor"}, "critic_loss": {"critic"}}
     learners |= {"dyn_loss": model, "rep_loss": model, "replay_critic_loss": model | {"critic"}}
-    reach = lambda loss: {name for name, part in parts.items() if reached(loss, part)}  # noqa: E731
+    reach = lambda loss: {name for name, part in parts.items() if reached(loss, part)}
     assert {name: reach(loss.mean()) for name, loss in losses.items()} == learners
 
 

@@ -54,7 +54,7 @@ def test_parity_updates(case, monkeypatch):
     assert steps
     before = {name: parameter.detach().clone() for name, parameter in agent.named_parameters()}
     for step in steps:
-        read = lambda name: golden[f"step{step}/{name}"]  # noqa: B023, E731
+        read = lambda name: golden[f"step{step}/{name}"]  # noqa: B023
         with case.samples(case.noise(step, "post", "imagined")):
             metrics = agent.update(case.data)
         model = [key for key in metrics if key.startswith("losses/") and "actor" not in key and "critic" not in key]
@@ -84,7 +84,7 @@ def test_parity_acting(case):
     for mode in ("train", "eval"):
         carry, step = None, 0
         while f"policy_{mode}/{step}/action" in golden:
-            read = lambda name: golden[f"policy_{mode}/{step}/{name}"]  # noqa: B023, E731
+            read = lambda name: golden[f"policy_{mode}/{step}/{name}"]  # noqa: B023
             is_first, noise = case.acting(mode, step, read)
             obs = {"image": tensor(golden["in/image_uint8"][: len(is_first), step]), "is_first": is_first}
             carry = agent.initial(len(is_first)) if carry is None else carry
@@ -183,7 +183,7 @@ def test_parameter_counts(name, options, channels, action, total, counts):
     script = importlib.import_module(name)
     args = script.Args(**(script.PRESETS[options] if isinstance(options, str) else options))
     agent = script.Agent(args, {"image": gym.spaces.Box(0, 255, (64, 64, channels), np.uint8)}, action)
-    count = lambda module: sum(p.numel() for p in module.parameters())  # noqa: E731
+    count = lambda module: sum(p.numel() for p in module.parameters())
     modules = [agent.world_model, getattr(agent, "behaviour", torch.nn.Module())]
     assert {name: count(part) for module in modules for name, part in module.named_children()} == counts
     assert count(agent.world_model) == total

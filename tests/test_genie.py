@@ -68,7 +68,7 @@ def test_psnr_perplexity_and_mutual_information():
 
 def test_learning_rates():
     agent = make(steps=1000, warmup=10, tokenizer_warmup=10, learning_rate=2e-3, final_rate=1e-4, tokenizer_rate=2e-3)
-    rate = lambda stage, n: agent.rate(stage, torch.tensor(float(n))).item()  # noqa: E731
+    rate = lambda stage, n: agent.rate(stage, torch.tensor(float(n))).item()
     assert rate(0, 0) == pytest.approx(2e-4) and rate(0, 9) == rate(0, 900)
     assert rate(1, 10) == pytest.approx(2e-3) and rate(1, 1000) == pytest.approx(1e-4)
     assert rate(1, 505) == pytest.approx((2e-3 + 1e-4) / 2)
@@ -95,7 +95,7 @@ def changes(function, video, t):
 def test_no_frame_sees_a_later_one():
     agent = make("--no-lam-change")
     tokenizer, lam = agent.tokenizer, agent.lam
-    latent = lambda v: tokenizer.encoder(tokenizer.patch_in(s.patchify(v / 255, 4)))[0]  # noqa: E731
+    latent = lambda v: tokenizer.encoder(tokenizer.patch_in(s.patchify(v / 255, 4)))[0]
     assert changes(latent, clip(), 2) == [2, 3]
     assert changes(lam.latent, clip(), 2) == [1, 2]  # the action that leads to a frame sees it
     assert changes(lam.latent, clip(), 0) == [0, 1, 2]
@@ -117,7 +117,7 @@ def test_the_decoder_of_the_lam_knows_the_next_frame_by_its_code_alone():
     other = patches.clone()
     other[:, 3] = 1 - other[:, 3]
     code = torch.randn(3, 3, 8)
-    predict = lambda x: lam.decoder(lam.past_in(x[:, :-1]) + lam.code_in(code).unsqueeze(2))[0]  # noqa: E731
+    predict = lambda x: lam.decoder(lam.past_in(x[:, :-1]) + lam.code_in(code).unsqueeze(2))[0]
     assert torch.equal(predict(patches), predict(other))
 
 
@@ -175,7 +175,7 @@ def test_the_dynamics_give_the_lam_no_gradient():
 
 def test_each_stage_changes_its_own_models():
     agent = make("--no-lam-change")  # with it the LAM's encoder has no time to attend over
-    state = lambda: {k: v.clone() for k, v in agent.named_parameters()}  # noqa: E731
+    state = lambda: {k: v.clone() for k, v in agent.named_parameters()}
     first = state()
     agent.update(0, clip())
     second = state()

@@ -65,7 +65,7 @@ class Case(Recorded):
                 value = self.parameter("param", name)
                 assert value.shape == parameter.shape, name
                 parameter.copy_(value)
-        read = lambda name: tensor(self.golden[f"{kind}/in/{name}"])  # noqa: E731
+        read = lambda name: tensor(self.golden[f"{kind}/in/{name}"])
         self.data = {name: read(name) for name in ("embed", "action", "reward")} | {"vector": read("image")}
         self.data["is_first"] = torch.arange(c["T"], device=DEVICE).expand(c["B"], -1) == 0
         mean_only = f"{kind}/in/eps_post" not in self.golden
@@ -303,7 +303,7 @@ def test_parity_full_size(path):
     agent = script.Agent(script.Args(**PLAIN), PIXELS, gym.spaces.Box(-1, 1, (actions,)), DEVICE)
     size = sum(parameter.numel() for parameter in agent.parameters())
     assert size == sum(int(np.prod(shape)) for shape in recorded)
-    read = lambda name: tensor(golden[f"full/{name}"])  # noqa: E731
+    read = lambda name: tensor(golden[f"full/{name}"])
     post, prior = (tensor(stats(golden, f"full/out/{name}_")) for name in ("post", "prior"))
     kl = script.kl_gaussian(post, prior)
     close(kl, golden["full/out/kl"])
@@ -376,7 +376,7 @@ def test_discrete_actions_are_planned(monkeypatch):
 def test_predicted_returns_are_those_of_single_steps(dynamics):
     agent, _ = small(dynamics=dynamics)
     model, noise = agent.world_model, torch.randn(2, 3, 4, 3, device=DEVICE)
-    given = lambda noise: draws(randn_like=[] if dynamics == "rnn" else noise)  # noqa: E731
+    given = lambda noise: draws(randn_like=[] if dynamics == "rnn" else noise)
     state = tuple(torch.randn_like(x) for x in model.rssm.initial(2))
     action = torch.rand(2, 3, 4, 2, device=DEVICE) * 2 - 1
     with torch.no_grad():
@@ -463,7 +463,7 @@ def test_images_are_reduced_and_dithered(monkeypatch):
     data["is_first"] = torch.zeros(1, 4, dtype=torch.bool, device=DEVICE)
     seen, originals = [], (script.preprocess, agent.world_model.encoder.forward)
     monkeypatch.setattr(script, "normal_loss", lambda mean, target: seen.append(target) or (mean - target).square())
-    encode = lambda obs: seen.append(obs["image"]) or originals[1](obs)  # noqa: E731
+    encode = lambda obs: seen.append(obs["image"]) or originals[1](obs)
     monkeypatch.setattr(agent.world_model.encoder, "forward", encode)
     for _ in range(2):
         agent.world_model.loss(data, agent.start(data))
