@@ -13,8 +13,8 @@ LEARN = {  # game, what is to be reached, flags
     "--batch-size 16 --batch-length 5 --imagination-horizon 6 --train-every 2 --prefill 300 --pretrain 50 "
     "--model-rate 1e-3 --actor-rate 4e-4 --critic-rate 1e-3 --entropy-scale 0.01 --total-timesteps 3000"),
     "dreamer_v3": ("Catch", 0.5, "--image-size 16 --size 1m --deter 128 --hidden 32 --classes 8 --stoch 8 --units 32 "
-    "--depth 8 --num-envs 4 --batch-size 8 --batch-length 8 --imagination-horizon 6 --train-ratio 32 "
-    "--learning-rate 1e-3 --warmup 100 --entropy-scale 0.03 --total-timesteps 5000"),
+    "--depth 8 --num-envs 4 --batch-size 16 --batch-length 6 --imagination-horizon 5 --train-ratio 48 "
+    "--learning-rate 2e-3 --warmup 100 --entropy-scale 0.03 --total-timesteps 3000"),
 }  # fmt: skip
 STAGES = (
     "--rollouts 600 --policy held --depth 8 --stoch 8 --kl-tolerance 2 --vae-updates 1000 --vae-batch-size 32 "
