@@ -45,6 +45,7 @@ import signal
 import sys
 import time
 from dataclasses import asdict, dataclass, field
+from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
 from typing import Literal
@@ -1013,6 +1014,8 @@ def evaluate(agent, args, seed, folder, stop=()):
 def train(args):
     """Trains until `total_timesteps` frames, from the start or from a checkpoint."""
     device = setup(args)
+    if args.track and not find_spec("wandb"):
+        sys.exit("--track needs Weights & Biases: pip install wandb")
     envs = make_envs(args, args.num_envs)
     agent = Agent(args, envs.single_observation_space.spaces, envs.single_action_space, device)
     name = f"{args.env_id.replace('/', '-')}__{args.exp_name}__{args.seed}__{time.time_ns() // 1000}"

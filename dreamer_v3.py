@@ -48,6 +48,7 @@ import sys
 import time
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
+from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
 from typing import Literal
@@ -168,13 +169,13 @@ def parse_args(argv=None):
     other = run is not None and args.size != given["size"]  # than the run has: it will be refused
     vars(args).update({name: value for name, value in widths.items() if other or getattr(args, name) is None})
     for name, value in vars(args).items():
-        least = dict(seed=0, eval_every=0, warmup=0, batch_length=2).get(name, 0 if type(value) is float else 1)
+        least = dict(seed=0, eval_every=0, warmup=0, batch_length=2, bins=3).get(name, 0 if type(value) is float else 1)
         if type(value) in (int, float) and not least <= value < math.inf:
             sys.exit(f"--{name.replace('_', '-')} {value}: the least is {least}")
     if args.deter % args.blocks or args.deter % args.decoder_blocks or 4 * args.depth % args.decoder_blocks:
         sys.exit("--blocks must divide --deter, and --decoder-blocks both --deter and four times --depth")
-    if args.image_size % 16 or args.bins % 2 == 0 or args.bins == 1:
-        sys.exit("--image-size must be a multiple of 16, and --bins odd and not 1")
+    if args.image_size % 16 or args.bins % 2 == 0:
+        sys.exit("--image-size must be a multiple of 16, and --bins odd")
     return args
 
 
@@ -783,9 +784,8 @@ class Behaviour(nn.Module):
     def scale(self, returns):
         """What advantages are divided by: max(1, range of returns, 5th to 95th percentile), Eq. 7; updates it."""
         if dist.is_initialized():  # the returns of all processes
-            parts = [torch.empty(returns.shape, device=returns.device) for _ in range(dist.get_world_size())]
-            dist.all_gather(parts, returns.contiguous())
-            returns = torch.cat(parts)
+            mine, returns = returns.contiguous(), returns.repeat(dist.get_world_size(), 1)
+            dist.all_gather(list(returns.chunk(dist.get_world_size())), mine)
         self.return_range.lerp_(torch.stack([returns.quantile(q) for q in (0.05, 0.95)]), self.args.return_rate)
         return (self.return_range[1] - self.return_range[0]).clamp(min=1)
 
@@ -1054,6 +1054,8 @@ def evaluate(agent, args, seed, folder, stop=()):
 def train(args):
     """Trains until `total_timesteps` frames, from the start or from a checkpoint."""
     device = setup(args)
+    if args.track and not find_spec("wandb"):
+        sys.exit("--track needs Weights & Biases: pip install wandb")
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     envs = make_envs(args, args.num_envs // world)
     overlap = isinstance(envs, gym.vector.AsyncVectorEnv)

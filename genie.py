@@ -38,6 +38,7 @@ import time
 from dataclasses import asdict, dataclass, field, replace
 from datetime import timedelta
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
@@ -1094,6 +1095,8 @@ def measure(agent, args, video):
 def train(args):
     """Three stages: video, tokenizer, latent actions with dynamics; what a run that goes on has is not done again."""
     device = setup(args)
+    if args.track and not find_spec("wandb"):
+        sys.exit("--track needs Weights & Biases: pip install wandb")
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     agent, source = Agent(args, device), os.path.basename(os.path.abspath(args.video_dir or args.env_id))
     name = [f"{source}__{args.exp_name}__{args.seed}__{time.time_ns() // 1000}"]

@@ -43,6 +43,7 @@ import warnings
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
+from importlib.util import find_spec
 from itertools import pairwise, product, repeat, takewhile
 from multiprocessing.util import Finalize
 from pathlib import Path
@@ -977,10 +978,19 @@ def load(run, agent):
         sys.exit(f"{run}/checkpoint.pt is missing, not whole, of other sizes or another version: {repr(error)[:99]}")
 
 
+def make_agent(args):
+    """An agent without learning and one of its environments; exits if that cannot be made."""
+    try:
+        env = make_env(args)
+    except Exception as error:
+        sys.exit(f"--env-id {args.env_id}: {type(error).__name__}: {' '.join(str(error).split())}")
+    return Agent(args, env.observation_space.spaces, env.action_space, setup(args)), env
+
+
 def load_run(args, run):
     """The agent of a run and one of its environments."""
-    env, args.compile = make_env(args), False  # compiling would take longer than it saves
-    agent = Agent(args, env.observation_space.spaces, env.action_space, setup(args))
+    args.compile = False  # it would take longer than it saves
+    agent, env = make_agent(args)
     load(run, agent)
     return agent, env
 
@@ -993,12 +1003,9 @@ def evaluate(workers, args, seed, params=None, video=None):
 
 def train(args):
     """All stages, one after the other, `iterations` times, from the start or from a checkpoint."""
-    device = setup(args)
-    try:
-        env = make_env(args)
-    except Exception as error:
-        sys.exit(f"--env-id {args.env_id}: {type(error).__name__}: {' '.join(str(error).split())}")
-    agent = Agent(args, env.observation_space.spaces, env.action_space, device)
+    if args.track and not find_spec("wandb"):
+        sys.exit("--track needs Weights & Biases: pip install wandb")
+    agent, env = make_agent(args)
     limit = args.time_limit or env.spec.max_episode_steps
     env.close()
     if not limit:
@@ -1009,9 +1016,8 @@ def train(args):
     (begun, done), tick, frames = saved.get("progress", ([[0, 0], 0], 0, 0))  # iteration and stage, units of it
     longest = limit if args.whole_episodes else -(-limit // args.action_repeat)  # after an end, no action is repeated
     played = begun[0] * args.rollouts + (args.rollouts if begun[1] else min(args.rollouts, done))
-    missing = max(0, args.iterations * args.rollouts - played)  # episodes
-    capacity = max(1, saved.get("count", 0) + missing * (longest + 1))  # an empty file is not mapped
-    rollouts = Rollouts(f"{folder}/replay", agent.layout(), capacity, saved.get("count", 0))
+    capacity = saved.get("count", 0) + max(0, args.iterations * args.rollouts - played) * (longest + 1)
+    rollouts = Rollouts(f"{folder}/replay", agent.layout(), max(1, capacity), saved.get("count", 0))
     Path(f"{folder}/args.tmp").write_text(json.dumps(asdict(args) | {"script": Args.exp_name}, indent=1))
     os.replace(f"{folder}/args.tmp", f"{folder}/args.json")
     if args.track:
@@ -1020,7 +1026,7 @@ def train(args):
         names = dict(project=args.wandb_project_name, entity=args.wandb_entity, name=os.path.basename(folder))
         wandb.init(**names, config=vars(args), sync_tensorboard=True)
     writer = SummaryWriter(folder, purge_step=tick + 1, flush_secs=1)
-    print(f"{folder}: {sum(p.numel() for p in agent.trained):,} parameters, {device}")
+    print(f"{folder}: {sum(p.numel() for p in agent.trained):,} parameters, {agent.device}")
 
     stop, rows = [], []
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # the first ends in good order, the next at once

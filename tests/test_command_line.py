@@ -84,7 +84,7 @@ ZERO = (
 )  # 0 has a meaning
 
 
-def test_numbers_out_of_range_are_refused(house, refused, tmp_path, monkeypatch):
+def test_numbers_out_of_range_and_a_missing_wandb_are_refused(house, refused, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     types = {field.name: field.type for field in dataclasses.fields(house.Args)}
     whole, reals = ([name for name, type in types.items() if type in kinds] for kinds in ((int, int | None), (float,)))
@@ -94,6 +94,8 @@ def test_numbers_out_of_range_are_refused(house, refused, tmp_path, monkeypatch)
         flag = "--" + name.replace("_", "-")
         line = refused(house, "--env-id", "CartPole-v1", *tiny(house), flag, value)
         assert flag in line, (flag, value, line)
+    monkeypatch.setitem(house.sys.modules, "wandb", None)  # as if it was not installed
+    assert "pip install wandb" in refused(house, "--env-id", "CartPole-v1", *tiny(house), "--track")
     assert not any(tmp_path.iterdir())
 
 

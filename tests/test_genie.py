@@ -757,10 +757,8 @@ def test_torchrun_trains_stops_and_resumes(tmp_path):
 
 @slow
 def test_learns_the_actions_of_a_world(tmp_path):
-    """Codes say which of five moves a square makes: mutual information above 0.8 of its maximum, the moves' entropy.
-
-    Two moves that share a code would leave 0.83; seeds 1 to 4 have 0.93 to 0.997, without gradient for the LAM 0.39.
-    """
+    """Codes say which of five moves a square makes: mutual information above 0.8 of its maximum, the moves' entropy."""
+    # two moves with one code leave 0.83; seeds 1 to 4 have 0.93 to 0.997, without gradient for the LAM 0.39
     flags = "--env-id toy_envs:Square-v0 --total-timesteps 6000 --image-size 16 --patch 4 --lam-patch 8 "
     flags += "--clip-length 4 --context 3 --num-codes 32 --num-actions 16 --latent-dim 16 --lam-encoder 2 64 4 16 "
     flags += "--lam-decoder 2 64 4 16 --encoder 1 32 2 16 --decoder 1 32 2 16 --dynamics 1 32 2 16 --lam-change "

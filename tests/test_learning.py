@@ -32,8 +32,7 @@ def test_learns_a_game(name, tmp_path):
     Broken versions of dreamer_v1.py (no actions for the model; rewards a step late; no gradient for the actor)
     got -0.1, -0.4 and 0.05 in Glide after 2,300 frames, the right one 0.67 after 2,000 and 0.85 after 3,000.
 
-    DreamerV1 has Glide: it is made for continuous actions. Its actor learns Catch too, but seldom whole: without an
-    entropy bonus it may be sure of a wrong action before the model is right, and then gets no gradient any more.
+    DreamerV1 has Glide: in Catch, without entropy bonus, its actor may be sure of a wrong action too early.
     """
     script, (game, wanted, flags) = __import__(name), LEARN[name]
     flags = f"--env-id toy_envs:{game}-v0 --eval-every 0 --no-cuda --no-amp {flags}"

@@ -729,6 +729,7 @@ def test_a_replay_that_does_not_fit(whole, refused, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(whole(), run)
     assert "other sizes" in refused(script, "--resume", run, "--stoch", 8)
+    assert "no_such_module" in refused(script, "--evaluate", run, "--env-id", "no_such_module:Thing-v0")
     (run / "replay/reward").unlink()
     assert "not whole" in refused(script, "--resume", run)
     (run / "checkpoint.pt").write_bytes(b"")
