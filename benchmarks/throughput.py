@@ -16,6 +16,7 @@ import dataclasses
 import datetime
 import importlib
 import json
+import math
 import os
 import platform
 import resource
@@ -25,6 +26,7 @@ import sys
 import tempfile
 import time
 from functools import partial
+from importlib.util import find_spec
 
 import gymnasium as gym
 import numpy as np
@@ -35,6 +37,7 @@ from torch.utils.flop_counter import flop_registry
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 from curves import read_run
 
+SHORT = "--env-id dmc-walker-walk --time-limit 160"  # so that updates begin soon, as many for a frame as in the preset
 CASES = {
     "dreamer_v3": {
         "1m state": "--env-id dmc-walker-walk --obs state --size 1m",
@@ -42,18 +45,16 @@ CASES = {
         "12m pixels": "--env-id dmc-walker-walk --obs pixels --size 12m",
         "200m pixels, needs a GPU": "--env-id dmc-walker-walk --obs pixels --size 200m",
     },
-    "planet": {"dmc pixels 50x50": "--env-id dmc-walker-walk"},
-    "dreamer_v1": {
-        "dmc pixels 50x50": "--env-id dmc-walker-walk --prefill 2560 --pretrain 1 --train-every 5 --train-steps 1",
-    },
+    "planet": {"dmc pixels 50x50": f"{SHORT} --seed-episodes 1 --train-steps 16"},
+    "dreamer_v1": {"dmc pixels 50x50": f"{SHORT} --prefill 160 --pretrain 1 --train-every 5 --train-steps 1"},
     "dreamer_v2": {
-        "dmc pixels 50x50": "--env-id dmc-walker-walk --batch-size 50 --prefill 2560 --pretrain 1",
-        "dmc pixels 16x50": "--env-id dmc-walker-walk --batch-size 16 --prefill 960 --pretrain 1",
+        "dmc pixels 50x50": f"{SHORT} --prefill 80 --pretrain 1 --batch-size 50",
+        "dmc pixels 16x50": f"{SHORT} --prefill 80 --pretrain 1 --batch-size 16",
     },
     "worldmodels_v1": {
         "CarRacing": "--env-id CarRacing-v3 --batch-length 99",
         "CarRacing quick": "--env-id CarRacing-v3 --quick",
-        "TakeCover": "--env-id VizdoomTakeCover-v1 --batch-length 99",
+        "TakeCover, needs vizdoom": "--env-id VizdoomTakeCover-v1 --batch-length 99",
     },
     "genie": {
         "tiny": "--preset tiny",
@@ -87,9 +88,9 @@ def switches(options):
     return ["--compile" if options.compile else "--no-compile", "--amp" if options.amp else "--no-amp"]
 
 
-def clock(function, repeats, device, warm=2):
-    """Median wall and CPU milliseconds of a call, and the milliseconds of the first one."""
-    times = []
+def clock(function, repeats, device):
+    """Median wall and CPU milliseconds of a warm call, and the milliseconds of the first one."""
+    times, warm = [], 5 if device.type == "cuda" else 2
     for _ in range(warm + repeats):
         wall, cpu = time.perf_counter(), time.process_time()
         function()
@@ -100,6 +101,12 @@ def clock(function, repeats, device, warm=2):
     return {"wall_ms": statistics.median(walls), "cpu_ms": statistics.median(cpus), "first_wall_ms": times[0][0]}
 
 
+def rate(count, function, repeats, device, options):
+    """`count` per second of a call; on one thread of a CPU of its CPU time, in which other programs do not count."""
+    kind = "cpu_ms" if device.type == "cpu" and options.threads == 1 else "wall_ms"
+    return count / clock(function, repeats, device)[kind] * 1e3
+
+
 def product_rate(device, dtype):
     """Operations per second of a large matrix product."""
     size = 8192 if device.type == "cuda" else 2048
@@ -108,18 +115,20 @@ def product_rate(device, dtype):
     return 2 * size**3 / (timing["wall_ms" if device.type == "cuda" else "cpu_ms"] / 1e3)
 
 
-def frames_per_update(args):
-    """Frames of the environment for each update, on average."""
+def pace(args):
+    """Frames before the first update, then frames between updates, and how many these are on average."""
     if hasattr(args, "train_ratio"):  # DreamerV3
-        return args.batch_size * args.batch_length / args.train_ratio * args.action_repeat
-    if not hasattr(args, "train_every"):  # PlaNet, whose collections are episodes
-        return (args.time_limit or 1000) / args.train_steps
-    if hasattr(args, "train_steps"):  # DreamerV1, which counts frames
-        return args.train_every / args.train_steps
-    return args.train_every * args.action_repeat
+        steps = args.batch_size * args.batch_length
+        begin = (steps + args.num_envs * args.batch_length) * args.action_repeat
+        return begin, args.num_envs * args.action_repeat, args.num_envs * args.train_ratio / steps
+    if hasattr(args, "seed_episodes"):  # PlaNet
+        return args.seed_episodes * args.time_limit, args.time_limit, args.train_steps
+    if hasattr(args, "train_steps"):  # DreamerV1
+        return args.prefill, args.train_every, args.train_steps
+    return args.prefill * args.action_repeat, args.train_every * args.action_repeat, 1
 
 
-def walker_spaces(script, args):
+def walker_spaces(args):
     """What dmc-walker-walk observes and takes, without making it."""
     vectors = {"height": (1,), "orientations": (14,), "velocity": (9,)}
     spaces = {key: gym.spaces.Box(-np.inf, np.inf, shape) for key, shape in vectors.items()}
@@ -155,7 +164,7 @@ def measure(script, flags, options):
     """All figures of one case."""
     args = script.parse_args(flags.split() + switches(options))
     device = script.setup(args)
-    spaces, action_space = walker_spaces(script, args)
+    spaces, action_space = walker_spaces(args)
     agent = script.Agent(args, spaces, action_space, device)
     size = sum(p.numel() for p in agent.parameters() if p.requires_grad)
     row = {"parameters": size, "batch": [args.batch_size, args.batch_length]}
@@ -165,7 +174,7 @@ def measure(script, flags, options):
             agent.update(data)
         row["update_gflop"] = counter.total / 1e9
     update = script.Graph(agent.update, device)
-    row["update"] = clock(lambda: update(data), options.repeats, device, warm=5 if device.type == "cuda" else 2)
+    row["update"] = clock(lambda: update(data), options.repeats, device)
     if device.type == "cuda":  # what the captured graph saves, and how many kernels it has
         row["update_not_captured"] = clock(lambda: agent.update(data), 3, device)
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
@@ -185,11 +194,10 @@ def measure(script, flags, options):
         obs |= {key: torch.zeros(envs, dtype=torch.bool, device=device) for key in script.FLAGS}
         act, carry = script.Graph(agent.act, device), agent.initial(envs)
         call = lambda act=act, obs=obs, carry=carry: act(obs, carry)
-        timing = row["act"][envs] = clock(call, options.act_repeats, device, warm=5 if options.act_repeats > 5 else 1)
+        timing = row["act"][envs] = clock(call, options.act_repeats, device)
         if "update_gflop" in row:
             with CountOperations() as counter:
                 agent.act(obs, carry)
-            rate = product_rate(device, dtype)
             share = counter.total / rate / (timing[kind] / 1e3)
             timing |= {"gflop": counter.total / 1e9, "share_of_product_rate": share}
     row["peak_rss_gb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
@@ -209,18 +217,18 @@ def loop(script, args, flags, options):
     envs.close()
     frames = args.num_envs * args.action_repeat
     row = {"env_frames_per_s": frames / timing["wall_ms"] * 1e3, "num_envs": args.num_envs}
+    begin, between, count = pace(args)
+    window = between * math.ceil(options.loop_updates / count)
+    total = math.ceil(begin / window) * window + 2 * window
     with tempfile.TemporaryDirectory() as folder:
-        quiet = subprocess.DEVNULL
-        start = (args.batch_size + args.num_envs) * args.batch_length * args.action_repeat
-        window = int(options.loop_updates * frames_per_update(args))
-        window = max(frames, window // frames * frames)
-        start = -(-start // window) * window
-        command = [sys.executable, script.__file__, *flags.split(), "--run-dir", folder, "--eval-every", "0"]
-        command += ["--total-timesteps", str(start + 2 * window), "--log-every", str(window)]
-        command += switches(options)
-        subprocess.run(command, check=True, stdout=quiet, stderr=quiet)
+        command = [sys.executable, script.__file__, *flags.split(), *switches(options), "--run-dir", folder]
+        command += ["--eval-every", "0", "--total-timesteps", str(total), "--log-every", str(window)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            sys.exit(f"{' '.join(command)}\n{done.stderr[-2000:]}")
         _, points = read_run(f"{folder}/{os.listdir(folder)[0]}")
-        row["loop_frames_per_s"] = points["charts/SPS"][-1][1]
+        (a, a_rate), (b, b_rate) = points["charts/SPS"][-2:]  # rates are from the start on, most of it without updates
+        row["loop_frames_per_s"] = (b - a) / (b / b_rate - a / a_rate)
     return row
 
 
@@ -247,18 +255,17 @@ def measure_stages(script, flags, options):
     agent, row = script.Agent(args, spaces, moves, device), {}
     model = agent.world_model
 
-    def rate(name, count, function, repeats=options.repeats):
-        one_core = device.type == "cpu" and options.threads == 1  # then other programs do not count
-        row[name] = count / clock(function, repeats, device)["cpu_ms" if one_core else "wall_ms"] * 1e3
+    def add(name, count, function, repeats=options.repeats):
+        row[name] = rate(count, function, repeats, device, options)
 
     side, shape = script.SIDE, (args.batch_size, args.batch_length)
     image = torch.randint(0, 256, (args.vae_batch_size, side, side, 3), dtype=torch.uint8, device=device)
-    rate("vae_frames_per_s", len(image), lambda: agent.update(model.vae_loss(image), args.vae_rate, 1.0))
+    add("vae_frames_per_s", len(image), lambda: agent.update(model.vae_loss(image), args.vae_rate, 1.0))
     data = dict(embed=torch.zeros(*shape, 2 * args.stoch), action=torch.zeros(*shape, agent.action_dim))
     data |= dict(reward=torch.zeros(shape), is_first=torch.zeros(shape) > 0, is_terminal=torch.zeros(shape) > 0)
     data, start = {key: value.to(device) for key, value in data.items()}, model.rssm.initial(shape[0])
     learn_m = lambda: agent.update(model.loss(data, start)[0], args.rnn_rate, 1.0, args.clip)
-    rate("rnn_frames_per_s", data["reward"].numel(), learn_m)
+    add("rnn_frames_per_s", data["reward"].numel(), learn_m)
 
     torch.nn.init.constant_(model.continue_head.bias, 1e3)  # no dream ends
     P, R, steps = args.population, args.candidate_rollouts, 20
@@ -268,13 +275,13 @@ def measure_stages(script, flags, options):
             args.amp = False  # one dream is faster in float32
         start = model.rssm.initial(r)
         dreams = lambda p=p, start=start: script.dream_returns(agent, params[:p], start, steps)
-        rate(f"dream_steps_per_s{name}", p * r * steps, dreams)
+        add(f"dream_steps_per_s{name}", p * r * steps, dreams)
     row["times_as_fast_as_one_by_one"] = row["dream_steps_per_s"] / row["dream_steps_per_s_one_by_one"]
     dream = script.Dream(agent, Still(spaces, moves))
     dream.reset(seed=0)
-    rate("dream_steps_per_s_gymnasium", 1, lambda: dream.step(dream.policy()), 20)
+    add("dream_steps_per_s_gymnasium", 1, lambda: dream.step(dream.policy()), 20)
     dream.observe = dict  # no frames, which the controller does not look at
-    rate("dream_steps_per_s_gymnasium_undrawn", 1, lambda: dream.step(dream.policy()), 200)
+    add("dream_steps_per_s_gymnasium_undrawn", 1, lambda: dream.step(dream.policy()), 200)
     row["times_as_fast_as_gymnasium_undrawn"] = row["dream_steps_per_s"] / row["dream_steps_per_s_gymnasium_undrawn"]
     if not options.no_loop:
         with script.Workers(dataclasses.replace(args, num_envs=1), agent) as workers:
@@ -294,12 +301,6 @@ def measure_video(script, flags, options):
     if options.compile or options.amp:
         kinds["_plain"] = ["--no-compile", "--no-amp"]
     row = {}
-
-    def rate(name, frames, function, device, repeats=options.repeats):
-        one_core = device.type == "cpu" and options.threads == 1  # then other programs do not count
-        timing = clock(function, repeats, device, warm=5 if device.type == "cuda" else 2)
-        row[name] = frames / timing["cpu_ms" if one_core else "wall_ms"] * 1e3
-
     for suffix, more in kinds.items():
         args = script.parse_args(flags.split() + more)
         device = script.setup(args)
@@ -311,11 +312,13 @@ def measure_video(script, flags, options):
             video = torch.randint(0, 256, shape, dtype=torch.uint8, device=device)
             update = graph(partial(agent.update, stage), device)
             call = lambda update=update, video=video: update(video)
-            rate(f"{name}_frames_per_s{suffix}", size * args.clip_length, call, device)
+            frames = size * args.clip_length
+            row[f"{name}_frames_per_s{suffix}"] = rate(frames, call, options.repeats, device, options)
         dream = script.Dream(agent, agent.prompts)
         dream.generate = graph(agent.generate, device)
         dream.reset(seed=0)
-        rate(f"play_frames_per_s{suffix}", 1, lambda dream=dream: dream.step(0), device, options.act_repeats)
+        step = lambda dream=dream: dream.step(0)
+        row[f"play_frames_per_s{suffix}"] = rate(1, step, options.act_repeats, device, options)
     return row
 
 
@@ -353,11 +356,17 @@ def main():
     amp = argparse.BooleanOptionalAction
     parser.add_argument("--amp", action=amp, default=torch.cuda.is_available(), help="bfloat16 (default: on a GPU)")
     parser.add_argument("--no-loop", action="store_true", help="leave out environment and whole loop")
-    parser.add_argument(
-        "--loop-updates", type=int, default=32, help="updates for which the loop is timed (default: 32)"
-    )
+    parser.add_argument("--loop-updates", type=int, default=32, help="updates of the timed loop (default: 32)")
     parser.add_argument("--out", help="folder for the JSON file")
     options = parser.parse_args()
+    name = os.path.basename(options.script).removesuffix(".py")
+    if name not in CASES or not os.path.exists(options.script):
+        parser.error(f"{options.script}: no file, or none of which CASES says what to measure: {', '.join(CASES)}")
+    cases = {case: flags for case, flags in CASES[name].items() if options.case in case}
+    if not cases:
+        parser.error(f"--case {options.case}: in none of {', '.join(CASES[name])}")
+    if options.out:
+        os.makedirs(options.out, exist_ok=True)
     torch.set_num_threads(options.threads)
     script = load(options.script)
     result = {"script": script.__name__, "machine": machine(options), "cases": {}}
@@ -367,28 +376,27 @@ def main():
     if device == "cpu":
         kind += "_bf16" * options.amp + f"_{options.threads}threads" * (options.threads > 1)
     path = f"{options.out}/throughput_{script.__name__}_{device}_{kind}_{result['machine']['date']}.json"
-    video = hasattr(script, "Video")
-    staged = video or hasattr(script, "dream_returns")
-    if not staged:
+    figures = measure_video if hasattr(script, "Video") else measure
+    figures = measure_stages if hasattr(script, "dream_returns") else figures
+    if figures == measure:
         acting = f"act ms: {', '.join(map(str, ENVS.get(script.__name__, (1, 4, 16))))} envs"
         print(f"{'case':22}update ms   cpu ms  first s   GFLOP  share  {acting:25} env f/s loop f/s  GB")
-    for name, flags in CASES[script.__name__].items():
-        if options.case not in name or ("GPU" in name and not torch.cuda.is_available()):
+    there = {"": True, "a GPU": torch.cuda.is_available(), "vizdoom": find_spec("vizdoom")}
+    for name, flags in cases.items():
+        if not there[name.partition("needs ")[2]]:
+            print(f"{name}: left out")
             continue
         torch.compiler.reset()  # shapes of other cases count against its limit
-        row = result["cases"][name] = (measure_video if video else measure_stages if staged else measure)(
-            script, flags, options
-        )
+        row = result["cases"][name] = figures(script, flags, options)
         if options.out:  # after every case, so that nothing is lost
             with open(path, "w") as file:
                 json.dump(result, file, indent=1)
-        if staged:
+        if figures != measure:
             print(f"{name:20}", " ".join(f"{key}={value:.0f}" for key, value in row.items()), flush=True)
             continue
         update, none = row["update"], float("nan")
-        print(
-            f"{name:20} {update['wall_ms']:10.1f} {update['cpu_ms']:8.1f} {update['first_wall_ms'] / 1e3:8.1f}", end=" "
-        )
+        print(f"{name:20} {update['wall_ms']:10.1f} {update['cpu_ms']:8.1f}", end=" ")
+        print(f"{update['first_wall_ms'] / 1e3:8.1f}", end=" ")
         print(f"{row.get('update_gflop', none):8.1f} {row.get('share_of_product_rate', none):6.2f} ", end=" ")
         print(" ".join(f"{timing['wall_ms']:7.2f}" for timing in row["act"].values()), end=" ")
         print(f"{row.get('env_frames_per_s', none):10.0f} {row.get('loop_frames_per_s', none):9.1f}", end=" ")
