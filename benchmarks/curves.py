@@ -13,34 +13,33 @@ held-out clips are drawn.
 import argparse
 import collections
 import csv
-import glob
 import json
 import os
+import sys
+from pathlib import Path
 
-HERE = os.path.dirname(os.path.abspath(__file__))
+HERE = Path(__file__).resolve().parent
+METRICS = "eval/masked_accuracy", "eval/action_information", "eval/delta_psnr"  # Genie's
 
 
 def write_csv(folder):
-    """TensorBoard events of a run -> metrics.csv; of values logged twice at a frame, the last counts."""
+    """TensorBoard events of a run -> metrics.csv."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(folder, {"scalars": 0}).Reload()
-    rows = {}
-    for key in events.Tags()["scalars"]:
-        episodes = key.startswith("charts/episodic")  # of which several may end at one frame
-        for i, event in enumerate(events.Scalars(key)):
-            rows[event.step, key, i if episodes else 0] = event.value
+    keys = events.Tags()["scalars"]
+    rows = [(event.step, key, event.value) for key in keys for event in events.Scalars(key)]
     with open(f"{folder}/metrics.csv", "w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["frame", "key", "value"])
-        writer.writerows([frame, key, value] for (frame, key, _), value in sorted(rows.items()))
+        writer.writerows(sorted(rows, key=lambda row: row[:2]))
 
 
 def read_run(folder):
     """A run directory -> its arguments and the (frame, value) points of each key."""
     with open(f"{folder}/args.json") as file:
         args = json.load(file) | {"name": os.path.basename(os.path.normpath(folder)).split("__", 2)[-1]}
-    if glob.glob(f"{glob.escape(folder)}/events.out.*"):
+    if any(Path(folder).glob("events.out.*")):
         write_csv(folder)
     points = collections.defaultdict(list)
     with open(f"{folder}/metrics.csv", newline="") as file:
@@ -51,20 +50,15 @@ def read_run(folder):
 
 def published(args):
     """Frame -> (mean, standard deviation, seeds) of the authors, for the run's task; empty if there is none."""
-    path = f"{HERE}/published/{args['script']}.json"
-    if not os.path.exists(path):
+    path = HERE / f"published/{args['script']}.json"
+    if not path.exists():
         return {}
-    with open(path) as file:
-        data = json.load(file)
-    suite, _, task = args["env_id"].partition("-")
-    task = task.replace("-", "_")
+    data, (suite, _, task) = json.loads(path.read_text()), args["env_id"].partition("-")
     vision = "dmc_vision", "curves"
     kinds = dict(dmc=("dmc_proprio",) if args["obs"] == "state" else vision, atari=("atari_all11", "atari57"))
-    for kind in kinds.get(suite, (suite,)):
-        for name in (f"{suite.removesuffix('100k')}_{task}", task):
-            if isinstance(data.get(kind, {}).get(name), dict):
-                return {int(frame): values for frame, values in data[kind][name].items()}
-    return {}
+    curves = [data.get(kind, {}) for kind in kinds.get(suite, (suite,))]
+    name = f"{suite.removesuffix('100k')}_{task.replace('-', '_')}"
+    return {int(frame): values for curve in curves for frame, values in curve.get(name, {}).items()}
 
 
 def window(points, frame, width):
@@ -84,14 +78,21 @@ def compare(points, curve):
     return rows
 
 
-def start_figure(script, panels):
-    import matplotlib
-
+def pyplot():
+    """matplotlib.pyplot, which draws into files alone."""
+    try:
+        import matplotlib
+    except ImportError:
+        sys.exit("figures need matplotlib: pip install matplotlib")
     matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    import matplotlib.pyplot
 
+    return matplotlib.pyplot
+
+
+def start_figure(script, panels):
     rows, columns = -(-panels // 2), min(panels, 2)
-    figure, axes = plt.subplots(rows, columns, figsize=(5 * columns, 3.5 * rows), squeeze=False)
+    figure, axes = pyplot().subplots(rows, columns, figsize=(5 * columns, 3.5 * rows), squeeze=False)
     figure.suptitle(script)
     for axis in axes.flat[panels:]:
         axis.remove()
@@ -107,7 +108,7 @@ def save_figure(figure, path):
     print(path)
 
 
-def draw(script, runs, path):
+def draw_returns(script, runs, path):
     """One panel for each task: published mean and deviation, our training episodes and evaluations."""
     tasks = sorted({(args["env_id"], args["obs"]) for args, *_ in runs}, key=str)
     figure, panels = start_figure(script, len(tasks))
@@ -133,12 +134,14 @@ def draw(script, runs, path):
     save_figure(figure, path)
 
 
-def draw_metrics(script, runs, path, keys):
-    """One panel for each key of runs without returns."""
+def draw_metrics(script, runs, path):
+    """One panel for each metric that runs without returns have."""
+    keys = [key for key in METRICS if any(points[key] for _, points in runs)]
     figure, panels = start_figure(script, len(keys))
     for panel, key in zip(panels, keys, strict=True):
         for args, points in runs:
-            panel.plot(*zip(*points[key], strict=True), "o-", label=args["name"])
+            if points[key]:
+                panel.plot(*zip(*points[key], strict=True), "o-", label=args["name"])
         panel.set_title(key)
         panel.set_xlabel("frames of video")
         panel.legend(fontsize=7)
@@ -150,28 +153,27 @@ def main():
     parser.add_argument("runs", nargs="*", help="run directories (default: those in benchmarks/results)")
     parser.add_argument("--out", default=".", help="folder of the figures")
     options = parser.parse_args()
-    results = f"{HERE}/results"
-    folders = options.runs or [f"{results}/{name}" for name in sorted(os.listdir(results))]
-    scripts = collections.defaultdict(list)
-    for folder in folders:
-        if os.path.exists(f"{folder}/args.json"):
-            args, points = read_run(folder)
-            training, evaluation = points["charts/episodic_return"], points["eval/episodic_return"]
-            scripts[args["script"]].append((args, points))
-            print(f"{args['script']} {args['env_id']} seed {args['seed']} ({folder})")
-            for frame, ours, mean, std, seeds in compare(training, published(args)):
-                verdict = "inside" if abs(ours - mean) <= 2 * std else "above" if ours > mean else "below"
-                print(
-                    f"  {frame:>9,} frames: {ours:7.1f}   published {mean:7.1f} ± {std:5.1f} ({seeds} seeds)  {verdict}"
-                )
-            for frame, value in evaluation:
-                print(f"  {frame:>9,} frames: {value:7.1f}   evaluation")
-    for script, runs in scripts.items():
-        path = os.path.join(options.out, f"curves_{script}.png")
-        if any(points["charts/episodic_return"] for _, points in runs):
-            draw(script, runs, path)
+    figures = collections.defaultdict(list)
+    for folder in options.runs or sorted(path.parent for path in HERE.glob("results/*/args.json")):
+        if not os.path.exists(f"{folder}/args.json"):
+            sys.exit(f"{folder}: no run, it has no args.json")
+        args, points = read_run(folder)
+        training, evaluation = points["charts/episodic_return"], points["eval/episodic_return"]
+        print(f"{args['script']} {args['env_id']} seed {args['seed']} ({folder})")
+        for frame, ours, mean, std, seeds in compare(training, published(args)):
+            verdict = "inside" if abs(ours - mean) <= 2 * std else "above" if ours > mean else "below"
+            print(f"  {frame:>9,} frames: {ours:7.1f}   published {mean:7.1f} ± {std:5.1f} ({seeds} seeds)  {verdict}")
+        for frame, value in evaluation:
+            print(f"  {frame:>9,} frames: {value:7.1f}   evaluation")
+        if training:
+            figures[args["script"], draw_returns].append((args, points))
+        elif any(points[key] for key in METRICS):
+            figures[args["script"], draw_metrics].append((args, points))
         else:
-            draw_metrics(script, runs, path, ("eval/masked_accuracy", "eval/action_information", "eval/delta_psnr"))
+            print("  nothing to draw yet")
+    os.makedirs(options.out, exist_ok=True)
+    for (script, draw), runs in figures.items():
+        draw(script, runs, os.path.join(options.out, f"curves_{script}.png"))
 
 
 if __name__ == "__main__":
