@@ -20,8 +20,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import matplotlib.pyplot as plt
-from curves import read_run, window
+from curves import pyplot, read_run, window
 
 ROOT = Path(__file__).resolve().parents[1]
 CSV = ROOT / "benchmarks/results/compare/curves.csv"
@@ -76,19 +75,18 @@ def score(cell):
 def run(cell):
     """One cell of the grid, from its start or from its last checkpoint, then its evaluation."""
     (panel, seed, label), path = cell, FOLDER[cell]
-    if cell not in MEASURED and score(cell) is None:
-        script, *flags = f"{GRID[panel][2][label]} {GRID[panel][1]} --seed {seed}".split()
-        path.mkdir(parents=True, exist_ok=True)
-        train = [*flags, "--run-dir", path]
-        for checkpoint in path.glob("*/checkpoint.pt"):
-            train = ["--resume", checkpoint.parent]
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "tests")}
-        with open(path / "output.txt", "a") as file:
-            options = dict(cwd=ROOT, env=environment, stdout=file, stderr=file)
-            if subprocess.run([sys.executable, script, *train], **options).returncode == 0:
-                trained = next(path.glob("*/checkpoint.pt")).parent
-                subprocess.run([sys.executable, script, "--evaluate", trained], **options)
-        print(f"{cell}: {score(cell)} (output: {path}/output.txt)", flush=True)
+    script, *flags = f"{GRID[panel][2][label]} {GRID[panel][1]} --seed {seed}".split()
+    path.mkdir(parents=True, exist_ok=True)
+    train = [*flags, "--run-dir", path]
+    for checkpoint in path.glob("*/checkpoint.pt"):
+        train = ["--resume", checkpoint.parent]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "tests")}
+    with open(path / "output.txt", "a") as file:
+        options = dict(cwd=ROOT, env=environment, stdout=file, stderr=file)
+        if subprocess.run([sys.executable, script, *train], **options).returncode == 0:
+            trained = next(path.glob("*/checkpoint.pt")).parent
+            subprocess.run([sys.executable, script, "--evaluate", trained], **options)
+    print(f"{cell}: {score(cell)} (output: {path}/output.txt)", flush=True)
 
 
 def collect():
@@ -114,7 +112,7 @@ def draw(curves):
     """A panel each: training over frames, then evaluation; mean over seeds, and range; dotted: random play."""
     panels = sorted({panel for panel, _ in curves}, key=list(GRID).index)
     rows = -(-len(panels) // 2)
-    figure, axes = plt.subplots(rows, 2, figsize=(10, 4 * rows), squeeze=False, layout="tight")
+    figure, axes = pyplot().subplots(rows, 2, figsize=(10, 4 * rows), squeeze=False, layout="tight")
     for axis, panel in zip(axes.flat, panels, strict=False):
         title, _, methods, random = GRID[panel]
         axis.axhline(random, color="0.4", linestyle=":")
@@ -136,12 +134,15 @@ def draw(curves):
 
 
 def main():
-    parser = argparse.ArgumentParser(usage=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--jobs", type=int, default=1, help="runs at once, each on one core; 0: only draw")
-    parser.add_argument("--panels", nargs="*", default=list(GRID), choices=GRID, help="parts of the grid to run")
+    parser.add_argument("--panels", nargs="+", default=list(GRID), choices=GRID, help="parts of the grid to run")
     options = parser.parse_args()
-    with ThreadPoolExecutor(max(options.jobs, 1)) as pool:
-        list(pool.map(run, [cell for cell in CELLS if options.jobs and cell[0] in options.panels]))
+    pyplot()  # before the runs, that it is there after them
+    cells = [cell for cell in CELLS if cell[0] in options.panels and cell not in MEASURED and score(cell) is None]
+    if options.jobs > 0:
+        with ThreadPoolExecutor(options.jobs) as pool:
+            list(pool.map(run, {FOLDER[cell]: cell for cell in cells}.values()))  # two panels may share a run
     draw(collect())
 
 

@@ -402,7 +402,7 @@ def main():
         print(f"{row.get('env_frames_per_s', none):10.0f} {row.get('loop_frames_per_s', none):9.1f}", end=" ")
         print(f"{row['peak_rss_gb']:4.1f}", flush=True)
         for envs, timing in row["act"].items():
-            if timing.get("share_of_product_rate", 0) > 0.1:  # it plans
+            if timing.get("gflop", 0) > 50:  # it plans
                 text = f"{timing['cpu_ms']:.0f} ms CPU, {timing['gflop']:.1f} GFLOP"
                 print(f"    a decision of {envs}: {text}, share {timing['share_of_product_rate']:.2f}", flush=True)
     if options.out:
