@@ -1,4 +1,4 @@
-"""Memory Maze: `pip install memory-maze`, then `--env-id environments.memory_maze:9x9-v0`, or 11x11, 13x13, 15x15."""
+"""Memory Maze: `pip install memory-maze gym`, then `--env-id environments.memory_maze:9x9-v0`, or 11x11 to 15x15."""
 
 import gymnasium as gym
 from memory_maze import tasks

@@ -7,7 +7,7 @@ out=$(realpath -m "$1")
 cd "$(dirname "$0")/.."
 ${PYTHON:-python3} -m venv "$out/venv"
 . "$out/venv/bin/activate"
-pip install -q -r requirements.txt pytest crafter procgen-mirror "setuptools<81" bsuite memory-maze miniworld \
+pip install -q -r requirements.txt pytest crafter procgen-mirror "setuptools<81" bsuite memory-maze gym miniworld \
     metaworld==3.1.1 gymnasium-robotics vizdoom
 pip check
 pip list | grep -Ei "^(crafter|procgen|bsuite|memory|miniworld|metaworld|gymnasium|vizdoom|mujoco|dm_control|numpy) *"
