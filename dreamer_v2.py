@@ -222,8 +222,8 @@ class DictObservation(gym.ObservationWrapper):
         for name, space in self.observation_space.items():
             value, part = obs[self.keys[name]], self.env.observation_space[self.keys[name]]
             if space.dtype == np.uint8:
-                shape = (*part.shape, 1)[:3]  # channels come first, last or not at all
-                image = np.moveaxis(value.reshape(shape), np.argmin(shape), -1)
+                image = np.atleast_3d(value).astype(np.uint8, casting="same_kind", copy=False)  # floats are an error
+                image = np.moveaxis(image, np.argmin((*part.shape, 1)[:3]), -1)  # channels are first, last or missing
                 result[name] = cv2.resize(image, space.shape[:2], interpolation=cv2.INTER_AREA).reshape(space.shape)
             else:
                 result[name] = gym.spaces.flatten(part, value).astype(np.float32)

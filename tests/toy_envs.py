@@ -121,7 +121,6 @@ register("Start-v0", action=spaces.Discrete(3, start=5))
 register("BadAction-v0", action=spaces.MultiDiscrete([2, 2]))
 register("Half-v0", action=spaces.Box(5, np.inf, (2,)))
 register("Huge-v0", action=spaces.Box(-3e38, 3e38, (2, 2)))
-register("Broken-v0", length=1, no_such="option")
 BYTES = {
     "High": (3, 20, 24),
     "Flat": (1, 20, 24),
