@@ -73,14 +73,8 @@ def run_script(script, *args, cwd, code=0, timeout=120, patch=None, fresh=False,
     In this process, which has the imports that take long; in a fresh one if asked to, or if something is patched.
     """
     if fresh or patch or env:
-        result = subprocess.run(
-            command(script, *args, patch=patch),
-            cwd=cwd,
-            env=environment(**env),
-            capture_output=True,
-            text=True,
-            timeout=timeout,
-        )
+        options = dict(cwd=cwd, env=environment(**env), capture_output=True, text=True, timeout=timeout)
+        result = subprocess.run(command(script, *args, patch=patch), **options)
     else:
         result = run_here(script, [str(arg) for arg in args], cwd)
     assert result.returncode == code, f"exit code {result.returncode}\n{result.stdout}\n{result.stderr}"

@@ -99,23 +99,14 @@ def test_numbers_out_of_range_and_a_missing_wandb_are_refused(house, refused, tm
     assert not any(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize(
-    "flags, word",
-    [
-        ("--image-size 60", "--image-size"),
-        ("--decoder-blocks 16", "--depth"),
-        ("--bins 14", "--bins"),
-        ("--batch-length 100 --total-timesteps 50", "--batch-length 100"),
-        ("--replay-size 8", "--batch-length 8"),
-        ("--env-id dmc-walker-fly", "walker-fly"),
-        ("--env-id atari-pongg", "ongg"),
-        ("--env-id NoSuchThing-v0", "NoSuchThing"),
-        ("--env-id toy_envs:BadAction-v0", "MultiDiscrete"),
-        ("--env-id toy_envs:NoRender-v0 --capture-video", "render_mode"),
-        ("--seed 1 --evaluate=", "is no run"),
-        ("--resume nowhere", "nowhere is no run"),
-    ],
-)
+REFUSED = {"--image-size 60": "--image-size", "--decoder-blocks 16": "--depth", "--seed 1 --evaluate=": "is no run"}
+REFUSED |= {"--batch-length 100 --total-timesteps 50": "--batch-length 100", "--replay-size 8": "--batch-length 8"}
+REFUSED |= {"--env-id dmc-walker-fly": "walker-fly", "--env-id atari-pongg": "ongg", "--bins 14": "--bins"}
+REFUSED |= {"--env-id NoSuchThing-v0": "NoSuchThing", "--env-id toy_envs:BadAction-v0": "MultiDiscrete"}
+REFUSED |= {"--env-id toy_envs:NoRender-v0 --capture-video": "render_mode", "--resume nowhere": "nowhere is no run"}
+
+
+@pytest.mark.parametrize("flags, word", REFUSED.items())
 def test_what_cannot_be_is_refused_in_one_line(ported, refused, flags, word, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     if not hasattr(ported.Args(), flags.split()[0][2:].replace("-", "_")):

@@ -253,7 +253,7 @@ def test_parity_gru(functions):
 @pytest.mark.parametrize("source", ["reinforce", "dynamics", "both", "replay"])
 def test_who_moves_the_actor(source, discrete):
     options = dict(behaviour_from="replay") if source == "replay" else dict(actor_gradient=source)
-    agent, data = small(script, discrete, **options)
+    agent, data = small(script, discrete, entropy_scale=0.0, **options)
     model, behaviour, (losses, _) = agent.world_model, agent.behaviour, all_losses(script, agent, data)
     actor, critic = losses["actor_loss"].mean(), losses["critic_loss"].mean()
     assert reached(actor, behaviour.actor) and reached(critic, behaviour.critic)
@@ -327,7 +327,7 @@ def test_episodes_that_are_overwritten_are_gone(tmp_path):
 
 def test_schedule(tmp_path, events):
     """After a prefill of whole episodes all starts anew: pretraining, an update at the next step, one every 5 steps."""
-    seen, flags = events(script), "--prefill 10 --pretrain 3 --train-every 5 --batch-length 4 --env-kwargs length 7"
-    train(script, tmp_path, "--env-id", "toy_envs:Vector-v0", *flags.split(), frames=24)
+    seen, flags = events(script), "--prefill 10 --pretrain 3 --train-every 5 --batch-length 4 --env-kwargs length 14"
+    train(script, tmp_path, "--env-id", "toy_envs:Vector-v0", *flags.split(), "--action-repeat", 2, frames=48)
     # 7 steps, one that resets, 3 of an episode that is left; two episodes of 7 steps, between them one that resets
     assert "".join(seen) == 11 * "r" + "uuu" + "fuaaaaaua" + "a" + "faaauaaa"

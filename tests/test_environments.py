@@ -148,6 +148,9 @@ def test_atari_by_other_names(env_id):
 
 # Any Gymnasium environment
 
+VECTORS = dict(Grid=147, Ram=128, Tuple=6, Binary=4, Classes=7, Class=4, NoRender=3)
+IMAGES = dict(Gray=1, High=3, Flat=1, Stack=4, Deep=6)
+
 
 @pytest.mark.parametrize(
     "flags, expected",
@@ -156,18 +159,9 @@ def test_atari_by_other_names(env_id):
         ("CartPole-v1 --obs pixels", {"image": (64, 64, 3)}),
         ("CartPole-v1 --obs both", {"vector": (4,), "image": (64, 64, 3)}),
         ("CarRacing-v3", {"image": (64, 64, 3)}),
-        ("toy_envs:Gray-v0", {"image": (64, 64, 1)}),
-        ("toy_envs:High-v0", {"image": (64, 64, 3)}),
-        ("toy_envs:Flat-v0", {"image": (64, 64, 1)}),
-        ("toy_envs:Stack-v0", {"image": (64, 64, 4)}),
-        ("toy_envs:Deep-v0", {"image": (64, 64, 6)}),
-        ("toy_envs:Grid-v0", {"vector": (147,)}),
-        ("toy_envs:Ram-v0", {"vector": (128,)}),
-        ("toy_envs:Tuple-v0", {"vector": (6,)}),
-        ("toy_envs:Binary-v0", {"vector": (4,)}),
-        ("toy_envs:Classes-v0", {"vector": (7,)}),
-        ("toy_envs:Class-v0", {"vector": (4,)}),
-        ("toy_envs:NoRender-v0", {"vector": (3,)}),
+        ("Pendulum-v1", {"vector": (3,)}),
+        *[(f"toy_envs:{name}-v0", {"image": (64, 64, channels)}) for name, channels in IMAGES.items()],
+        *[(f"toy_envs:{name}-v0", {"vector": (size,)}) for name, size in VECTORS.items()],
         ("toy_envs:Mixed-v0", dict(front=(64, 64, 3), back=(64, 64, 1), arm=(3,), legs=(4,), height=(1,), mode=(3,))),
         ("toy_envs:Mixed-v0 --obs pixels", dict(front=(64, 64, 3), back=(64, 64, 1))),
         ("toy_envs:Mixed-v0 --obs state", dict(arm=(3,), legs=(4,), height=(1,), mode=(3,))),
@@ -223,19 +217,13 @@ def test_a_module_of_its_own(tmp_path, monkeypatch):
     run(make("my_package:MyEnv-v0"), 50)
 
 
-@pytest.mark.parametrize(
-    "flags, word",
-    [
-        ("toy_envs:NoSuchThing-v0", "NoSuchThing"),
-        ("toy_envs:Half-v0", "bounds"),
-        ("toy_envs:Huge-v0", "bounds"),
-        ("toy_envs:Floats-v0", "uint8"),
-        ("toy_envs:Frames-v0", "no older frames"),
-        ("toy_envs:Vector-v0 --env-kwargs no_such 1", "no_such"),
-        ("toy_envs:NoRender-v0 --obs pixels", "render"),
-        ("atari-pong --obs state", "--obs state"),
-    ],
-)
+REFUSED = {"toy_envs:NoSuchThing-v0": "NoSuchThing", "toy_envs:Half-v0": "bounds", "toy_envs:Huge-v0": "bounds"}
+REFUSED |= {"toy_envs:Floats-v0": "uint8", "toy_envs:Frames-v0": "no older frames", "toy_envs:Broken-v0": "no_such"}
+REFUSED |= {"toy_envs:Vector-v0 --env-kwargs no_such 1": "no_such", "toy_envs:NoRender-v0 --obs pixels": "render"}
+REFUSED |= {"atari-pong --obs state": "--obs state"}
+
+
+@pytest.mark.parametrize("flags, word", REFUSED.items())
 def test_what_is_not_supported_is_refused_in_one_line(flags, word):
     with pytest.raises(SystemExit) as error:
         house.make_envs(arguments(flags), 1)
@@ -245,14 +233,11 @@ def test_what_is_not_supported_is_refused_in_one_line(flags, word):
 # Actions, rewards, episodes
 
 
-@pytest.mark.parametrize(
-    "name, low, middle, high",
-    [
-        ("toy_envs:Bounds-v0", [-2, 0, -1], [0, 5, 0], [2, 10, 1]),
-        ("CarRacing-v3", [-1, 0, 0], [0, 0.5, 0.5], [1, 1, 1]),
-        ("Pendulum-v1", [-2], [0], [2]),
-    ],
-)
+RANGES = [("toy_envs:Bounds-v0", [-2, 0, -1], [0, 5, 0], [2, 10, 1]), ("Pendulum-v1", [-2], [0], [2])]
+RANGES += [("CarRacing-v3", [-1, 0, 0], [0, 0.5, 0.5], [1, 1, 1])]
+
+
+@pytest.mark.parametrize("name, low, middle, high", RANGES)
 def test_actions_are_scaled(name, low, middle, high):
     env, given = make(name), []
     inner = env.unwrapped
@@ -287,17 +272,12 @@ def test_action_repeat_sums_rewards_and_stops_at_the_end(repeat):
     assert rewards == [frames[i : i + repeat].sum() for i in range(0, 20, repeat)]
 
 
-@pytest.mark.parametrize(
-    "flags, steps",
-    [
-        ("toy_envs:Vector-v0 --time-limit 12", 12),
-        ("toy_envs:Vector-v0 --env-kwargs max_episode_steps 12", 12),
-        ("toy_envs:Vector-v0 --action-repeat 3 --time-limit 12", 4),
-        ("dmc-cartpole-balance --obs state --time-limit 12", 6),
-        ("dmc-cartpole-balance --obs state", 500),
-        ("toy_envs:Cut-v0", 20),
-    ],
-)
+LIMITS = {"toy_envs:Vector-v0 --time-limit 12": 12, "toy_envs:Vector-v0 --env-kwargs max_episode_steps 12": 12}
+LIMITS |= {"toy_envs:Vector-v0 --action-repeat 3 --time-limit 12": 4, "toy_envs:Cut-v0": 20}
+LIMITS |= {"dmc-cartpole-balance --obs state --time-limit 12": 6, "dmc-cartpole-balance --obs state": 500}
+
+
+@pytest.mark.parametrize("flags, steps", LIMITS.items())
 def test_time_limits_are_in_frames_and_no_terminations(flags, steps):
     env = make(flags)
     env.reset(seed=0)

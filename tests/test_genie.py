@@ -19,8 +19,9 @@ import torch.distributed as dist
 from conftest import ROOT, checkpoint, environment, last_video, lines, metrics, only_run, run_script, scalars, tiny
 from gymnasium.utils.env_checker import check_env
 from PIL import Image
-from test_runs import IN_GROUP, same, undocumented
+from test_runs import IN_GROUP, calls, same, undocumented
 from test_shapes import check
+from toy_envs import Square
 
 import genie as s
 from environments.pond import Pond
@@ -69,7 +70,7 @@ def test_psnr_perplexity_and_mutual_information():
 def test_learning_rates():
     agent = make(steps=1000, warmup=10, tokenizer_warmup=10, learning_rate=2e-3, final_rate=1e-4, tokenizer_rate=2e-3)
     rate = lambda stage, n: agent.rate(stage, torch.tensor(float(n))).item()
-    assert rate(0, 0) == pytest.approx(2e-4) and rate(0, 9) == rate(0, 900)
+    assert [rate(0, 0), rate(1, 0)] == pytest.approx([2e-4, 2e-4]) and rate(0, 9) == rate(0, 900)
     assert rate(1, 10) == pytest.approx(2e-3) and rate(1, 1000) == pytest.approx(1e-4)
     assert rate(1, 505) == pytest.approx((2e-3 + 1e-4) / 2)
 
@@ -78,6 +79,9 @@ def test_a_shift_is_a_roll():
     place = torch.cartesian_prod(torch.arange(12), torch.arange(16)).view(1, 1, 12, 16, 2).expand(99, 3, -1, -1, -1)
     corner = (out := s.roll(place, 6))[:, :1, :1, :1]  # where it came from
     assert torch.equal(out, (place + corner) % torch.tensor([12, 16])) and {*corner.flatten().tolist()} == {0, 6}
+    with calls(s, "roll") as moved, calls(s.LatentActionModel, "latent") as seen:
+        make("--lam-shift", "8").lam.loss(clip())
+    assert seen[0][0][1] is moved[0][1]  # what the encoder sees
 
 
 # Masks: nothing sees what comes later
@@ -119,6 +123,7 @@ def test_the_decoder_of_the_lam_knows_the_next_frame_by_its_code_alone():
     code = torch.randn(3, 3, 8)
     predict = lambda x: lam.decoder(lam.past_in(x[:, :-1]) + lam.code_in(code).unsqueeze(2))[0]
     assert torch.equal(predict(patches), predict(other))
+    assert s.LatentActionModel(lam.args).loss(clip())[0]["lam_recon_loss"].item() == pytest.approx(1)  # copies at first
 
 
 @torch.no_grad()
@@ -161,7 +166,13 @@ def test_straight_through_and_codes_that_move_towards_the_encoder():
     torch.testing.assert_close(mine, torch.autograd.grad(expected[1], x)[0])
 
 
-def test_the_dynamics_give_the_lam_no_gradient():
+def test_without_window_shift_the_error_is_that_of_decoding():
+    tokenizer, video = make("--window-shift", "0").tokenizer, clip()
+    error = (tokenizer.decode(tokenizer.encode(video)) - video / 255).square().mean()
+    torch.testing.assert_close(tokenizer.loss(video)[0]["tokenizer_recon_loss"], error)
+
+
+def test_the_dynamics_give_the_lam_no_gradient(monkeypatch):
     agent = make()
     loss = agent.dynamics_loss(clip())[0]
     lam = [*agent.lam.parameters(), *agent.tokenizer.parameters()]
@@ -171,10 +182,12 @@ def test_the_dynamics_give_the_lam_no_gradient():
     assert all(g.abs().sum() > 0 for g in others)
     own = torch.autograd.grad(sum(loss.values()), list(agent.tokenizer.parameters()), allow_unused=True)
     assert all(g is None for g in own)
+    monkeypatch.setattr(s, "draw_masks", lambda shape, *_: torch.zeros(shape, dtype=torch.bool))
+    assert agent.dynamics_loss(clip())[0]["dynamics_loss"] == 0  # tokens that are seen are no targets
 
 
 def test_each_stage_changes_its_own_models():
-    agent = make("--no-lam-change")  # with it the LAM's encoder has no time to attend over
+    agent = make("--no-lam-change", "--clip", "0.01")  # with lam_change the LAM's encoder has no time to attend over
     state = lambda: {k: v.clone() for k, v in agent.named_parameters()}
     first = state()
     agent.update(0, clip())
@@ -185,6 +198,9 @@ def test_each_stage_changes_its_own_models():
         assert torch.equal(first[key], second[key]) != key.startswith("tokenizer"), key
         assert torch.equal(second[key], third[key]) == key.startswith("tokenizer"), key
     assert agent.updates.tolist() == [1, 1]
+    for group in [optimizer.param_groups[0] for optimizer in agent.optimizers]:
+        norm = torch.nn.utils.get_total_norm([p.grad for p in group["params"]])
+        assert norm.item() == pytest.approx(0.01, rel=1e-3) and group["betas"] == (0.9, 0.9)
 
 
 def test_shape_comments():
@@ -269,20 +285,24 @@ def test_rollouts_repeat_and_depend_on_actions():
     assert torch.equal(one, run(longer, 0)) and not torch.equal(one, run(longer, 1))
     assert not torch.equal(one, run((longer + 1) % 5, 0))
     assert agent.show(one).shape == (3, 10, 16, 16, 3)
+    agent.args.maskgit_steps, agent.args.temperature = 1, 1e-6  # the likeliest tokens, all at once
+    one = agent.rollout(ids[:, :2], longer)
+    for end in range(2, 10):  # each frame follows from the three before and the actions between all four
+        code = agent.lam.quantizer.codes()[longer[:, max(0, end - 3) : end]]
+        shown = torch.cat([one[:, max(0, end - 3) : end], torch.full_like(one[:, :1], 16)], 1)
+        logits, _ = agent.dynamics(shown, torch.nn.functional.pad(code, (0, 0, 1, 0)))
+        assert torch.equal(one[:, end], logits[:, -1].argmax(-1))
 
 
 # Presets
 
 
-@pytest.mark.parametrize(
-    "preset, flags, sizes",
-    [  # millions of tokenizer, LAM, dynamics
-        ("coinrun", "", (67, 67, 51)),
-        ("small", "", (8.4, 8.4, 19.7)),
-        ("platformers", "", (200, 336, 41)),  # LAM: 336 with attention alone; paper: 300
-        ("platformers", "--ffn 0.4 --dynamics 48 5120 36 128", (200, 336, 10_100)),
-    ],
-)
+SIZES = [("coinrun", "", (67, 67, 51)), ("small", "", (8.4, 8.4, 19.7))]  # millions of tokenizer, LAM, dynamics
+SIZES += [("platformers", "", (200, 336, 41))]  # LAM: 336 with attention alone; paper: 300
+SIZES += [("platformers", "--ffn 0.4 --dynamics 48 5120 36 128", (200, 336, 10_100))]
+
+
+@pytest.mark.parametrize("preset, flags, sizes", SIZES)
 def test_parameter_counts_of_presets(preset, flags, sizes):
     args = s.parse_args(["--preset", preset, *flags.split()])
     with torch.device("meta"):
@@ -469,7 +489,7 @@ def test_a_folder_of_files(tmp_path, capsys):
     write_video(folder / "aa.mp4", [100] * 30, fps=10)
     video = s.record(args, str(tmp_path / "run")).index()
     assert video.count == 100 and (tmp_path / "run/image").read_bytes()[: len(before)] == before
-    os.truncate(tmp_path / "run/image", len(before))  # what a copy may lack is read again
+    os.truncate(tmp_path / "run/image", len(before) + 5 * 768)  # what a copy may lack is read again
     video = s.record(args, str(tmp_path / "run")).index()
     assert video.count == 100 and abs(int(video.image[99].mean()) - 100) < 8
     shutil.rmtree(folder)
@@ -501,19 +521,32 @@ def test_a_run_from_end_to_end(finished):
     rows = scalars(finished)
     assert {"losses/tokenizer_recon_loss", "losses/lam_recon_loss", "losses/dynamics_loss"} <= rows.keys()
     assert {"eval/tokenizer_psnr", "eval/action_information", "eval/delta_psnr", "eval/masked_accuracy"} <= rows.keys()
-    assert checkpoint(finished)["agent"]["updates"].tolist() == [6, 6]
-    assert os.path.getsize(finished / "video/action") == 400 * 8
+    assert checkpoint(finished)["agent"]["updates"].tolist() == [6, 6] and checkpoint(finished)["frame"] == 12 * 4 * 4
+    video = s.Video(finished / "video", load(finished)[1]).index()
+    action, known = video.action[:, 0], video.action[1:, 0] >= 0
+    assert np.flatnonzero(action < 0).tolist() == [0, 101, 202, 303] and {*action} == {-1, 0, 1, 2, 3, 4}
+    place = np.array([np.argwhere((image == (250, 200, 50)).all(-1))[0] // 4 for image in video.image[:, 0]])
+    assert len(place) == 400 and not ((np.diff(place, axis=0) - Square.moves[action[1:]])[known] % 4).any()
     height, width = np.array(last_video(finished, "video/latent_actions").shape[1:3]) // 16
     assert (height, width) == (3, 2 + 5)  # prompts; the truth, its actions, each of the five codes
     assert not undocumented(s, finished)
 
 
-def test_a_clip_that_is_held_out_counts_once(finished):
+def test_an_evaluation_counts_each_clip_once_and_compares(finished, monkeypatch):
     (agent, _), args = load(finished)
     video, results = s.Video(f"{finished}/video", args).index(), []
     for args.eval_episodes in (len(video.held_out), 999):
         results.append(s.measure(agent, args, video))
     assert results[0] == results[1]
+    infer, seen = agent.infer, []
+    agent.infer = lambda clips: seen.append((clips, *infer(clips))) or seen[-1][1:]
+    agent.rollout = lambda ids, action: action
+    agent.show = lambda action: seen[-1][0] * (action is seen[-1][2])  # perfect with these actions, black with others
+    monkeypatch.setattr(s, "draw_masks", lambda shape, *_: torch.arange(shape[1])[:, None].expand(shape) > 0)
+    result, ids = s.measure(agent, args, video), torch.cat([ids for _, ids, _ in seen])
+    assert result["eval/rollout_psnr"] == pytest.approx(100) and 50 < result["eval/delta_psnr"] < 100
+    same_place = (ids[:, 1:] == ids[:, :-1]).float().mean().item()
+    assert result["eval/copy_accuracy"] == pytest.approx(same_place, abs=1e-6) and 0.1 < same_place < 1
 
 
 def test_evaluate_repeats_and_records_again_what_is_gone(copy):
@@ -536,6 +569,13 @@ def test_dreams_are_reproducible_and_need_no_video(copy):
     one, two, other = frames(3), frames(3), frames(4)
     assert all(map(np.array_equal, one, two)) and not all(map(np.array_equal, one, other))
     check_env(dream)
+    dream.agent.args.maskgit_steps, dream.agent.args.temperature = 1, 1e-6  # the likeliest tokens, all at once
+    dream.reset(seed=3)
+    ids, played = dream.agent.rollout(dream.ids, torch.cat([dream.actions, torch.tensor([[4, 2, 0, 3]])], 1)), []
+    for action in (4, 2, 0, 3):
+        dream.step(action)
+        played.append(dream.ids[:, -1])
+    assert torch.equal(torch.stack(played, 1), ids[:, -4:])
     assert not (copy / "video").exists()
 
 
@@ -627,7 +667,7 @@ def test_a_recording_that_was_stopped_goes_on(number, tmp_path):
     assert len(first) == 150 * 768 and not (run / "checkpoint.pt").exists()
     run_script(s, "--resume", run, cwd=tmp_path)
     actions = np.fromfile(run / "video/action", np.int64)
-    assert len(actions) == 400 and actions[150] == -1  # a new episode
+    assert len(actions) == 400 and actions[150] == -1 and (actions[1:99] != actions[151:249]).any()  # a new episode
     assert (run / "video/image").read_bytes()[: len(first)] == first
     assert checkpoint(run)["agent"]["updates"].tolist() == [6, 6]
 

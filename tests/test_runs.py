@@ -21,6 +21,7 @@ from conftest import (
     ROOT,
     SPACES,
     agent_and_batch,
+    calls,
     checkpoint,
     command,
     environment,
@@ -135,7 +136,7 @@ def test_two_resumes_of_one_run_are_the_same_to_the_bit(ported, flags, tmp_path)
     assert metrics(runs[0]) == metrics(runs[1]) and max(row[0] for row in metrics(runs[0])) > frame
     one, two = ({path.name: data for path, data in contents(run / "replay").items()} for run in runs)
     assert one == two and one
-    assert progress(runs[0])[1] > updates
+    assert checkpoint(runs[0])["optimizer"][-1] == progress(runs[0])[1] > updates
     later = checkpoint(runs[0])["agent"].items()
     assert any(not torch.equal(value, state["agent"][key]) for key, value in later)
 
@@ -148,16 +149,11 @@ def test_an_episode_that_was_cut_is_marked(new_house, batches, tmp_path):
     assert cut and not any((data["is_terminal"] & (data["reward"] != 20)).any() for data in cut)
 
 
-@pytest.mark.parametrize(
-    "before, after, grows",
-    [
-        ([], [], True),
-        ([], ["--batch-length", 16], True),
-        ([], ["--batch-length", 4], True),
-        (["--replay-size", 45], [], False),
-        (["--replay-size", 45], ["--replay-size", 120], False),  # it has come round
-    ],
-)
+EXTENDED = [([], [], True), ([], ["--batch-length", 16], True), ([], ["--batch-length", 4], True)]
+EXTENDED += [(["--replay-size", 45], more, False) for more in ([], ["--replay-size", 120])]  # it has come round
+
+
+@pytest.mark.parametrize("before, after, grows", EXTENDED)
 def test_a_finished_run_is_extended(new_house, batches, before, after, grows, tmp_path):
     """The replay goes on where it was and grows, unless it has come round; it may be read in other lengths."""
     run = train(new_house, tmp_path, *TOY, "--env-kwargs", "length", 70, *before, frames=100)
@@ -341,9 +337,20 @@ def test_success_and_what_an_environment_logs(ported, kind, tmp_path):
     assert set(undocumented(ported, run)) == {"charts/steps/taken", "charts/low", "charts/odd"}  # no masks
 
 
-def test_lengths_are_frames(ported, tmp_path):
-    run = train(ported, tmp_path, *TOY, "--action-repeat", 2, frames=120)
-    assert {length for _, length in scalars(run)["charts/episodic_length"]} == {20.0}
+def test_lengths_rows_of_metrics_and_the_actions_that_led_to_each_step(ported, tmp_path):
+    with calls(ported.Agent, "update") as seen:
+        run = train(ported, tmp_path, *TOY, "--action-repeat", 2, frames=120)
+    rows, learnt = scalars(run), [(result[1] if type(result) is tuple else result) for _, result in seen]
+    assert {length for _, length in rows["charts/episodic_length"]} == {20.0}
+    before, after = [int(count) for _, count in rows["charts/updates"][-2:]]
+    mean = np.mean([step["losses/reward_loss"].item() for step in learnt[before:after]])
+    assert rows["losses/reward_loss"][-1][1] == pytest.approx(mean, rel=1e-5)
+    steps = np.roll(stored(run)[:, 0], -checkpoint(run)["replay"]["count"])  # the oldest first: it has come round
+    assert np.array_equal(steps["is_first"][1:], steps["is_last"][:-1])
+    for episode in np.split(steps, np.flatnonzero(steps["is_last"]) + 1):  # what the toy shows
+        number = (episode["reward"] + 1) // 2 + episode["action"][:, 1] * ~episode["is_first"]
+        shown = np.abs(np.sin(np.arange(100)[:, None] + number)) - episode["vector"][:, 0]
+        assert (np.abs(shown) < 1e-4).all(1).any()
 
 
 # Trouble

@@ -584,18 +584,11 @@ def stopping(stage, iteration, done, number):
 
 
 STAGES = ["collect", "learn_v", "encode", "learn_m", "evolve"]
+STOPS = [((0, "collect", 1), signal.SIGTERM, ""), ((0, "learn_v", 2), signal.SIGINT, "")]
+STOPS += [((0, "learn_m", 3), signal.SIGHUP, ""), ((0, "evolve", 1), signal.SIGTERM, "")]
 
 
-@pytest.mark.parametrize(
-    "at, number, flags",
-    [
-        ((0, "collect", 1), signal.SIGTERM, ""),
-        ((0, "learn_v", 2), signal.SIGINT, ""),
-        ((0, "learn_m", 3), signal.SIGHUP, ""),
-        ((0, "evolve", 1), signal.SIGTERM, ""),
-        ((1, "evolve", 1), signal.SIGTERM, DREAMT),
-    ],
-)
+@pytest.mark.parametrize("at, number, flags", [*STOPS, ((1, "evolve", 1), signal.SIGTERM, DREAMT)])
 def test_a_run_that_was_stopped_goes_on_exactly(whole, tmp_path, monkeypatch, at, number, flags):
     whole(flags)
     iteration, stage, done = at
@@ -690,22 +683,13 @@ def test_a_loss_that_is_not_finite(tmp_path, monkeypatch):
     assert state["progress"][0] == ([0, 1], 3) and all(x.isfinite().all() for x in state["agent"].values())
 
 
-@pytest.mark.parametrize(
-    "flags, word",
-    [
-        ("--obs state", "V sees pixels"),
-        ("--quick", "--quick"),
-        ("--moves", "three discrete actions"),
-        ("--env-id VizdoomTakeCover-v1", "vizdoom"),
-        ("--population 1", "--population 1"),
-        ("--crop 1.5", "--crop"),
-        ("--temperature 0", "--temperature"),
-        ("--sigma 0", "--sigma"),
-        ("--shortest 99", "no episode"),
-        ("--rollouts 1", "--rollouts 1"),
-        ("--batch-length 99", "99"),
-    ],
-)
+REFUSED = {"--obs state": "V sees pixels", "--moves": "three discrete actions", "--shortest 99": "no episode"}
+REFUSED |= {"--env-id VizdoomTakeCover-v1": "vizdoom", "--crop 1.5": "--crop", "--temperature 0": "--temperature"}
+REFUSED |= {"--quick": "--quick", "--sigma 0": "--sigma", "--population 1": "--population 1", "--batch-length 99": "99"}
+REFUSED |= {"--rollouts 1": "--rollouts 1"}
+
+
+@pytest.mark.parametrize("flags, word", REFUSED.items())
 def test_what_cannot_be_is_refused(tmp_path, monkeypatch, flags, word):
     monkeypatch.setitem(script.sys.modules, "vizdoom", None)  # as if it was not installed
     results = [run_script(script, *RUN, *flags.split(), cwd=tmp_path, code=1)]
