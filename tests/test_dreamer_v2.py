@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import all_losses, calls, reached, small, train
+from conftest import all_losses, calls, reached, run_script, small, train
 from recordings import DEVICE, GOLDEN, Recorded, close, gradients, replaced, tensor
 from test_replay import a_replay, add_episode, drawn
 
@@ -328,6 +328,7 @@ def test_episodes_that_are_overwritten_are_gone(tmp_path):
 def test_schedule(tmp_path, events):
     """After a prefill of whole episodes all starts anew: pretraining, an update at the next step, one every 5 steps."""
     seen, flags = events(script), "--prefill 10 --pretrain 3 --train-every 5 --batch-length 4 --env-kwargs length 14"
-    train(script, tmp_path, "--env-id", "toy_envs:Vector-v0", *flags.split(), "--action-repeat", 2, frames=48)
+    run = train(script, tmp_path, "--env-id", "toy_envs:Vector-v0", *flags.split(), "--action-repeat", 2, frames=48)
+    run_script(script, "--resume", run, "--total-timesteps", 68, cwd=tmp_path)  # which has no prefill
     # 7 steps, one that resets, 3 of an episode that is left; two episodes of 7 steps, between them one that resets
-    assert "".join(seen) == 11 * "r" + "uuu" + "fuaaaaaua" + "a" + "faaauaaa"
+    assert "".join(seen) == 11 * "r" + "uuu" + "fuaaaaaua" + "a" + "faaauaaa" + "fauaaaaaua" + "faa"

@@ -8,7 +8,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from conftest import checkpoint, reached, scalars, small, train
+from conftest import checkpoint, reached, run_script, scalars, small, train
 from recordings import DEVICE, GOLDEN, Recorded, close, draws, tensor
 from torch import nn
 
@@ -501,6 +501,9 @@ def test_it_trains_first_and_then_collects_whole_episodes(tmp_path, events):
     ends = [frame for frame, _ in scalars(run)["charts/episodic_length"]]
     assert text.index("u") == ends[2] + 2  # the seed episodes are whole; a record that resets is no frame
     assert checkpoint(run)["progress"][1] == 110
+    seen.clear()
+    run_script(script, "--resume", run, "--total-timesteps", 140, cwd=tmp_path)
+    assert "r" not in seen and seen.count("u") == 4  # no prefill
 
 
 REPEATS = [("cartpole-swingup", 8), ("cup-catch", 4), ("ball_in_cup-catch", 4), ("walker-walk", 2), ("fish-swim", 2)]
