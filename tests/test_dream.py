@@ -95,6 +95,16 @@ def test_a_sequence_is_its_steps_one_after_another(ported):
     assert torch.autograd.grad(whole[0][:, -1].sum(), action)[0][:, 0].all()
 
 
+def test_acting_forgets_what_was_before_an_episode(world):
+    dream = make_dream(world, "CartPole-v1")
+    carry, (obs, _), results = dream.agent.initial(1), dream.env.reset(seed=1), []
+    obs = world.to_tensors({key: x[None] for key, x in obs.items()} | {"is_first": np.ones(1, bool)}, carry[0].device)
+    for before in (carry, tuple(x + 1 for x in carry)):
+        torch.manual_seed(0)
+        results.append(dream.agent.act(obs, before)[:2])
+    assert all(map(torch.equal, *results))
+
+
 def test_the_video_is_in_the_log(ported, tmp_path):
     run = train(ported, tmp_path, "--env-id", "toy_envs:Image-v0", "--eval-every", 50, frames=100)
     video = last_video(run, "video/open_loop")

@@ -11,15 +11,9 @@ import pytest
 import torch
 
 L, ENVS = 4, 3  # steps of a sequence, environments
-LAYOUT = {
-    "vector": ((2,), "float32"),
-    "image": ((2, 2, 3), "uint8"),
-    "action": ((1,), "float32"),
-    "deter": ((2,), "float32"),
-    "stoch": ((3,), "uint8"),
-    "reward": ((), "float32"),
-    **{key: ((), "bool") for key in ("is_first", "is_last", "is_terminal")},
-}
+LAYOUT = dict(vector=((2,), "float32"), image=((2, 2, 3), "uint8"), action=((1,), "float32"))
+LAYOUT |= dict(deter=((2,), "float32"), stoch=((3,), "uint8"), reward=((), "float32"))
+LAYOUT |= {key: ((), "bool") for key in ("is_first", "is_last", "is_terminal")}
 DTYPE = np.dtype([*((key, dtype, shape) for key, (shape, dtype) in LAYOUT.items()), ("count", "i8")])
 CPU = torch.device("cpu")
 
