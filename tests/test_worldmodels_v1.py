@@ -393,10 +393,14 @@ def sequences(B=3, T=5, S=6):
     return data | {key: torch.rand(B, T) < 0.2 for key in ("is_first", "is_terminal")}
 
 
-def test_the_state_between_chunks_is_no_view_of_all_steps():
-    """Or every checkpoint would hold them."""
-    agent = make_agent("--stoch 6 --deter 7 --depth 1")
-    _, state = agent.world_model.loss(sequences(), agent.world_model.rssm.initial(3))
+def test_what_m_does_not_predict_and_its_state_between_chunks():
+    """The first frame, its reward and its end; of a terminal frame the latent alone. The state is no view of all steps,
+    or every checkpoint would hold them."""
+    data, agent = sequences(), make_agent("--stoch 6 --deter 7 --depth 1")
+    data["is_first"], data["is_terminal"] = (torch.arange(5).expand(3, 5) == t for t in (0, 4))
+    losses, state = agent.world_model.loss(data, agent.world_model.rssm.initial(3))
+    counted = {name: (loss != 0).all(0).int().tolist() for name, loss in losses.items()}
+    assert counted == dict(latent_loss=[0, 1, 1, 1, 0], reward_loss=[0, 1, 1, 1, 1], continue_loss=[0, 1, 1, 1, 1])
     assert all(x.untyped_storage().nbytes() == 4 * x.numel() for x in state)
 
 
@@ -520,7 +524,9 @@ def test_whole_episodes_go_on_after_their_end(play):
 
 def test_whole_episodes_fit_the_replay_where_actions_are_repeated(tmp_path):
     flags = "--env-id toy_envs:Image-v0 --time-limit 30 --whole-episodes --action-repeat 2 --generations 1".split()
-    run_script(script, *flags, *tiny(script), cwd=tmp_path)
+    run_script(script, *flags, *tiny(script), "--rnn-decay", "0.5", cwd=tmp_path)
+    rate = checkpoint(only_run(tmp_path))["optimizer"]["param_groups"][0]["lr"]
+    assert rate == pytest.approx((1e-3 - 1e-5) * 0.5**5 + 1e-5)  # of the last of six updates
     assert checkpoint(only_run(tmp_path))["count"] == 3 * (10 + 10 + 1)  # 20 frames in 10 steps, then one in each
     curves = scalars(only_run(tmp_path))  # each stage logs its last rows, which a stop before the next would lose
     assert curves["losses/recon_loss"][-1][0] < curves["losses/latent_loss"][-1][0] < curves["charts/generation"][0][0]
@@ -529,6 +535,8 @@ def test_whole_episodes_fit_the_replay_where_actions_are_repeated(tmp_path):
 def test_a_rollout_is_left_when_patience_is_over(play):
     (_, steps, kept), _ = play("toy_envs:Follow-v0", seed=3, patience=2, keep=True)
     assert 2 <= steps < 10 and kept["is_last"][-1] and not kept["is_terminal"].any()
+    (_, steps, kept), _ = play("toy_envs:Image-v0", seed=3, patience=2, noise=0.3, keep=True)
+    assert steps == 20 and kept["action"][1:].std(0).any()  # each step is rewarded; a controller of zeros acts by noise
 
 
 @pytest.mark.parametrize("patience, shortest", [(0, 10), (2, 2)])

@@ -92,16 +92,8 @@ class NoRender(Toy):
         super().__init__()
 
 
-MIXED = spaces.Dict(
-    {
-        "front": IMAGE,
-        "back": spaces.Box(0, 255, (20, 24), np.uint8),
-        "arm": VECTOR,
-        "legs": spaces.Box(-np.inf, np.inf, (2, 2), np.float64),
-        "height": spaces.Box(-np.inf, np.inf, (), np.float32),
-        "mode": spaces.Discrete(3, start=1),
-    }
-)
+MIXED = dict(front=IMAGE, back=spaces.Box(0, 255, (20, 24), np.uint8), arm=VECTOR, mode=spaces.Discrete(3, start=1))
+MIXED |= dict(legs=spaces.Box(-np.inf, np.inf, (2, 2), np.float64), height=spaces.Box(-np.inf, np.inf, (), np.float32))
 LOW, HIGH = np.array([-2, 0, -1], np.float32), np.array([2, 10, 1], np.float32)
 
 
@@ -112,7 +104,7 @@ def register(name, entry="toy_envs:Toy", **options):
 register("Vector-v0")
 register("NoRender-v0", "toy_envs:NoRender")
 register("Cut-v0", truncate=True)
-register("Mixed-v0", observation=MIXED)
+register("Mixed-v0", observation=spaces.Dict(MIXED))
 register("Gray-v0", observation=spaces.Box(0, 255, (20, 24), np.uint8))
 register("Image-v0", observation=IMAGE)
 register("Class-v0", observation=spaces.Discrete(4, start=2))
