@@ -183,11 +183,9 @@ def agent_and_batch(script, args, spaces, action_space, folder, device="cpu"):
     return agent, data[0] if isinstance(data, tuple) else data  # and where it is, if latents are written back
 
 
-SMALL = {
-    "planet": dict(planning_horizon=3, candidates=6, iterations=2, elites=2),
-    "dreamer_v1": dict(imagination_horizon=4, predict_continue=True, free_nats=0.0),
-    "dreamer_v2": dict(imagination_horizon=4, classes=4),
-}
+SMALL = dict(planet=dict(planning_horizon=3, candidates=6, iterations=2, elites=2))
+SMALL |= dict(dreamer_v1=dict(imagination_horizon=4, predict_continue=True, free_nats=0.0))
+SMALL |= dict(dreamer_v2=dict(imagination_horizon=4, classes=4))
 
 
 def small(script, discrete=False, device="cpu", **options):

@@ -150,24 +150,17 @@ def test_atari_by_other_names(env_id):
 
 VECTORS = dict(Grid=147, Ram=128, Tuple=6, Binary=4, Classes=7, Class=4, NoRender=3)
 IMAGES = dict(Gray=1, High=3, Flat=1, Stack=4, Deep=6)
+OBSERVED = {f"toy_envs:{name}-v0": {"vector": (size,)} for name, size in VECTORS.items()}
+OBSERVED |= {f"toy_envs:{name}-v0": {"image": (64, 64, channels)} for name, channels in IMAGES.items()}
+OBSERVED |= {"CartPole-v1": {"vector": (4,)}, "CartPole-v1 --obs pixels": {"image": (64, 64, 3)}}
+OBSERVED |= {"CartPole-v1 --obs both": {"vector": (4,), "image": (64, 64, 3)}, "CarRacing-v3": {"image": (64, 64, 3)}}
+PICTURES, NUMBERS = dict(front=(64, 64, 3), back=(64, 64, 1)), dict(arm=(3,), legs=(4,), height=(1,), mode=(3,))
+OBSERVED |= {"toy_envs:Mixed-v0 --obs pixels": PICTURES, "toy_envs:Mixed-v0 --obs state": NUMBERS}
+OBSERVED |= {"toy_envs:Image-v0 --obs both --image-size 32": {"image": (32, 32, 3)}}
+OBSERVED |= {"toy_envs:Mixed-v0": PICTURES | NUMBERS, "Pendulum-v1": {"vector": (3,)}}
 
 
-@pytest.mark.parametrize(
-    "flags, expected",
-    [
-        ("CartPole-v1", {"vector": (4,)}),
-        ("CartPole-v1 --obs pixels", {"image": (64, 64, 3)}),
-        ("CartPole-v1 --obs both", {"vector": (4,), "image": (64, 64, 3)}),
-        ("CarRacing-v3", {"image": (64, 64, 3)}),
-        ("Pendulum-v1", {"vector": (3,)}),
-        *[(f"toy_envs:{name}-v0", {"image": (64, 64, channels)}) for name, channels in IMAGES.items()],
-        *[(f"toy_envs:{name}-v0", {"vector": (size,)}) for name, size in VECTORS.items()],
-        ("toy_envs:Mixed-v0", dict(front=(64, 64, 3), back=(64, 64, 1), arm=(3,), legs=(4,), height=(1,), mode=(3,))),
-        ("toy_envs:Mixed-v0 --obs pixels", dict(front=(64, 64, 3), back=(64, 64, 1))),
-        ("toy_envs:Mixed-v0 --obs state", dict(arm=(3,), legs=(4,), height=(1,), mode=(3,))),
-        ("toy_envs:Image-v0 --obs both --image-size 32", {"image": (32, 32, 3)}),
-    ],
-)
+@pytest.mark.parametrize("flags, expected", OBSERVED.items())
 def test_observations(flags, expected):
     env = make(flags)
     assert shapes(env) == expected

@@ -11,12 +11,9 @@ import pytest
 import torch
 from conftest import PORTED, SPACES, agent_and_batch
 
-FLAGS = {
-    "planet": "--planning-horizon 7 --candidates 13 --iterations 4 --elites 6 --overshooting-distance 4",
-    "dreamer_v1": "--imagination-horizon 7",
-    "dreamer_v2": "--imagination-horizon 7 --classes 11",
-    "dreamer_v3": "--imagination-horizon 7 --classes 11 --blocks 6 --decoder-blocks 4 --bins 13",
-}
+FLAGS = dict(dreamer_v1="--imagination-horizon 7", dreamer_v2="--imagination-horizon 7 --classes 11")
+FLAGS |= dict(dreamer_v3=FLAGS["dreamer_v2"] + " --blocks 6 --decoder-blocks 4 --bins 13")
+FLAGS |= dict(planet="--planning-horizon 7 --candidates 13 --iterations 4 --elites 6 --overshooting-distance 4")
 SIZES = "--batch-size 3 --batch-length 5 --deter 24 --stoch 10 --units 16 --hidden 17 --depth 1"
 SYMBOLS = {
     "planet": dict(B=3, T=5, H=7, D=24, S=10, E=48, F=34, N=8, J=13, M=104, K=6),

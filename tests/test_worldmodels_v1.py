@@ -1,5 +1,6 @@
 """worldmodels_v1.py against recordings of the authors' code (tests/golden/worldmodels/README.md), and its stages."""
 
+import contextlib
 import functools
 import os
 import re
@@ -7,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import time
+import types
 import unittest.mock
 from pathlib import Path
 
@@ -314,14 +316,12 @@ def count(module):
     return sum(p.numel() for p in module.parameters())
 
 
-@pytest.mark.parametrize(
-    "env_id, space, vae, rnn, controller",
-    [
-        ("CarRacing-v3", gym.spaces.Box(-1, 1, (3,)), 4_348_547, 422_368, 867),
-        ("VizdoomTakeCover-v1", gym.spaces.Discrete(3), 4_446_915, 1_678_785 - 513, 1088),
-        ("vizdoom.gymnasium_wrapper:VizdoomTakeCover-v1", gym.spaces.Discrete(3), 4_446_915, 1_678_785 - 513, 1088),
-    ],
-)
+SIZES = [("CarRacing-v3", gym.spaces.Box(-1, 1, (3,)), 4_348_547, 422_368, 867)]
+DOOM = gym.spaces.Discrete(3), 4_446_915, 1_678_785 - 513, 1088
+SIZES += [(f"{module}VizdoomTakeCover-v1", *DOOM) for module in ("", "vizdoom.gymnasium_wrapper:")]
+
+
+@pytest.mark.parametrize("env_id, space, vae, rnn, controller", SIZES)
 def test_parity_number_of_parameters(env_id, space, vae, rnn, controller):
     """Of the paper's appendix. TakeCover's M there includes the head for the end, 513; reward heads are ours."""
     agent = script.Agent(script.parse_args(["--env-id", env_id]), IMAGE, space)
@@ -417,6 +417,24 @@ def test_shape_comments(flags):
 
     agent.world_model.continue_head.bias.data += 100
     check(script, sizes, run)
+
+
+def test_the_evolution_climbs_and_keeps_the_mean_that_scored_best(monkeypatch):
+    """Returns are greatest for parameters of 1; those of evaluations, which get a place for a film, are noisy too."""
+    workers = contextlib.nullcontext(types.SimpleNamespace(map=map))
+    play = lambda seed, params, *film, **_: (-np.square(params - 1).mean() + len(film) * (seed % 7), 1, {}, {})
+    for name, value in dict(Workers=workers, dream_starts=0, dream_returns=torch.zeros(1)).items():
+        monkeypatch.setattr(script, name, lambda *_, value=value: value)
+    monkeypatch.setattr(script, "rollout", play)
+    agent = make_agent("--eval-every 1 --eval-generations 1 --controller-inputs z --sigma 0.5 --candidate-rollouts 2")
+    at, kept = types.SimpleNamespace(memory={}, frames=0, stop=[], rng=np.random.default_rng(0), iteration=0), []
+    at.folder, at.done, evolution = "", 0, script.evolve(agent.args, agent, None, at)
+    for at.done in range(60):
+        row, _ = next(evolution)
+        kept.append((row["eval/episodic_return"], agent.behaviour.params.tolist()))
+    best = max(range(60), key=lambda t: kept[t][0])
+    assert row["charts/fitness_mean"] > -0.1 and 0 < best < 59
+    assert [params == kept[-1][1] for _, params in kept] == [t >= best for t in range(60)]
 
 
 # CarRacing
