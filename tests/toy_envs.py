@@ -113,7 +113,6 @@ register("Start-v0", action=spaces.Discrete(3, start=5))
 register("BadAction-v0", action=spaces.MultiDiscrete([2, 2]))
 register("Half-v0", action=spaces.Box(5, np.inf, (2,)))
 register("Huge-v0", action=spaces.Box(-3e38, 3e38, (2, 2)))
-register("Broken-v0", length=1, no_such="option")
 BYTES = dict(High=(3, 20, 24), Flat=(1, 20, 24), Stack=(4, 84, 84), Deep=(20, 24, 6), Frames=(4, 20, 24, 3))
 BYTES |= dict(Grid=(7, 7, 3), Ram=(128,))
 OBSERVATIONS = {name: spaces.Box(0, 255, shape, np.uint8) for name, shape in BYTES.items()} | {
